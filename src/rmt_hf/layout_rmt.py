@@ -1,0 +1,194 @@
+"""Where each token of a call belongs in its stream: pure arithmetic on positions, done once per call for all layers.
+
+A call brings T columns for B rows. Rows may stand anywhere in their streams and have padded columns anywhere.
+The attention of every layer works on *aligned* columns, where padding is gone and one of three forms holds:
+
+- fresh: every row starts its stream in this call; aligned column i is stream position i.
+- step: no row leaves its segment within this call; aligned column i is the i-th new token of the row.
+- segments: anything else; aligned column 0 is the start of the segment the row stands in.
+
+Shapes: B rows, T columns of the call, L aligned columns, F segments of the call, S segment length, N lookback segments.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .configuration_rmt import RMTConfig
+
+
+FRESH, STEP, SEGMENTS = "fresh", "step", "segments"
+
+
+@dataclass(frozen=True)
+class StepView:
+    """Where a step looks in the window of the state, whose columns are those of `LayerState`.
+
+    Args:
+        columns: Window columns of the new tokens, (L,) if the rows are uniform, else (B, L); int64.
+        global_span: First and last + 1 window column that global attention looks at.
+        global_mask: (B, 1, L, columns of the span) bool, or None for plain causal attention that ends with the span.
+        local_span: The same for local attention.
+        local_mask: The same for local attention.
+    """
+
+    columns: torch.Tensor
+    global_span: tuple[int, int]
+    global_mask: torch.Tensor | None
+    local_span: tuple[int, int]
+    local_mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """The plan of one call. Built by `plan_call`; read by every layer, changed by none.
+
+    Args:
+        form: `"fresh"`, `"step"` or `"segments"`.
+        length: Number L of aligned columns.
+        starts: Stream position of each row before the call.
+        ends: Stream position of each row after the call.
+        position_ids: Stream positions of the aligned columns, (1 or B, L), int64.
+        take: Column of the call that each aligned column shows, (B, L), or None if they are the same.
+        put: Aligned column of each column of the call, (B, T), or None if they are the same.
+        is_real: Which columns of the call are no padding, (B, T) bool, or None if all are.
+        write_position_ids: Stream positions of the segments that this call may write from the state, (B, W * S), or
+            None; negative for segments before the stream began.
+        window_mask: Form segments only: (B * F, 1, S, (N + 1) * S) bool, or None if every window is whole.
+        step: Form step only: where it looks.
+    """
+
+    form: str
+    length: int
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    position_ids: torch.Tensor
+    take: torch.Tensor | None
+    put: torch.Tensor | None
+    is_real: torch.Tensor | None
+    write_position_ids: torch.Tensor | None = None
+    window_mask: torch.Tensor | None = None
+    step: StepView | None = None
+
+    def align(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) in call columns to (B, L, ...) in aligned columns."""
+        if self.take is None:
+            return hidden_states
+        return hidden_states[torch.arange(len(self.starts), device=self.take.device)[:, None], self.take]
+
+    def restore(self, aligned: torch.Tensor) -> torch.Tensor:
+        """(B, L, ...) in aligned columns to (B, T, ...) in call columns, zero where the call has padding."""
+        if self.put is None:
+            return aligned
+        restored = aligned[torch.arange(len(self.starts), device=self.put.device)[:, None], self.put]
+        if self.is_real is None:
+            return restored
+        return restored.masked_fill(~self.is_real.reshape(*self.is_real.shape, *[1] * (restored.dim() - 2)), 0)
+
+    def per_row(self, numbers: Sequence[int]) -> torch.Tensor:
+        """One integer per row as a tensor (B,), on the device of the call."""
+        return torch.tensor(numbers, device=self.position_ids.device)
+
+    def reads_memory(self, config: RMTConfig) -> bool:
+        """Whether any token of the call can see a written slot."""
+        last_segment = max(max(end - 1, 0) // config.segment_length for end in self.ends)
+        return config.num_memory_slots > 0 and last_segment > config.num_lookback_segments
+
+    def begun(self, segment_length: int) -> torch.Tensor | None:
+        """Which of the segments that may be written lie in their streams, (B, W) bool; False before a stream began."""
+        return None if self.write_position_ids is None else self.write_position_ids[:, ::segment_length] >= 0
+
+    def due_rows(self, config: RMTConfig) -> torch.Tensor | None:
+        """Form step only: the rows whose segment ends with this call, (B,) bool; None if there are none."""
+        due = [
+            end > start and end % config.segment_length == 0 for start, end in zip(self.starts, self.ends, strict=True)
+        ]
+        return self.per_row(due) if any(due) else None
+
+
+def plan_call(
+    config: RMTConfig, starts: list[int], is_real: torch.Tensor | None, num_columns: int, device: torch.device
+) -> CallLayout:
+    """Chooses the form of a call and maps its columns.
+
+    Args:
+        config: `RMTConfig` of the model.
+        starts: Stream position of each row before the call.
+        is_real: (B, T) bool, False at padding; None if there is no padding.
+        num_columns: T.
+        device: Where the index tensors go.
+
+    Returns:
+        The layout that all layers share.
+    """
+    segment = config.segment_length
+    counts = [num_columns] * len(starts) if is_real is None else is_real.sum(1).tolist()
+    ends = [start + count for start, count in zip(starts, counts, strict=True)]
+    offsets = [start % segment for start in starts]
+    length = max(1, *counts)
+    if not any(starts):
+        form, shift, bases = FRESH, [0] * len(starts), [0]
+    elif max(offsets) + length <= segment:
+        form, shift, bases = STEP, [0] * len(starts), starts
+    else:
+        form, shift = SEGMENTS, offsets
+        bases = [start - offset for start, offset in zip(starts, offsets, strict=True)]
+        length = max(-(-(end - base) // segment) for end, base in zip(ends, bases, strict=True)) * segment
+    position_ids = torch.tensor(bases, device=device)[:, None] + torch.arange(length, device=device)
+    take = put = None
+    if is_real is not None or form == SEGMENTS:
+        shifts = torch.tensor(shift, device=device)[:, None]
+        mask = torch.ones(len(starts), num_columns, dtype=torch.bool, device=device) if is_real is None else is_real
+        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # real columns first, in their order
+        take = order.gather(1, (torch.arange(length, device=device) - shifts).clamp(0, num_columns - 1))
+        put = (mask.cumsum(1) - 1 + shifts).clamp(0, length - 1)
+    extras: dict = {}
+    if form == STEP:
+        extras["step"] = _view_step(config, starts, counts, length, device)
+    elif form == SEGMENTS:
+        extras["window_mask"] = _mask_windows(config, bases, length, device)
+    turns = any(end // segment > start // segment for start, end in zip(starts, ends, strict=True))
+    if form != FRESH and turns:
+        first = position_ids[:, :1] // segment * segment - config.num_lookback_segments * segment
+        extras["write_position_ids"] = first + torch.arange(
+            max(length, segment) if form == SEGMENTS else segment, device=device
+        )
+    return CallLayout(form, length, tuple(starts), tuple(ends), position_ids, take, put, is_real, **extras)
+
+
+def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """(1, 1, queries, keys) bool: the last query sees all keys, each earlier one sees one key less."""
+    keys = torch.arange(num_keys, device=device)
+    return (keys <= torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries)[None, None]
+
+
+def _view_step(config: RMTConfig, starts: list[int], counts: list[int], length: int, device: torch.device) -> StepView:
+    """Spans and masks of a step, for rows at any places of their segments."""
+    segment, chunk, lookback = config.segment_length, config.chunk_length, config.num_lookback_segments
+    current = (lookback + 1) * segment  # window column where the current segment starts
+    offsets = [start % segment for start in starts]
+    firsts = [segment * (1 + max(0, lookback - start // segment)) for start in starts]
+    end = current + max(offsets) + length
+    is_uniform = len(set(starts)) == 1 and set(counts) == {length}
+    columns = current + torch.tensor(offsets, device=device)[:, None] + torch.arange(length, device=device)  # (B, L)
+    global_span, global_mask = (min(firsts), end), None
+    local_span, local_mask = (current + min(offsets) // chunk * chunk, end), None
+    queries = columns[:, None, :, None]
+    if not is_uniform:
+        keys = torch.arange(*global_span, device=device)
+        global_mask = (keys <= queries) & (keys >= torch.tensor(firsts, device=device)[:, None, None, None])
+    if not is_uniform or offsets[0] // chunk != (offsets[0] + length - 1) // chunk:
+        keys = torch.arange(*local_span, device=device)
+        local_mask = (keys <= queries) & (keys >= queries // chunk * chunk)
+    return StepView(columns[0] if is_uniform else columns, global_span, global_mask, local_span, local_mask)
+
+
+def _mask_windows(config: RMTConfig, bases: list[int], length: int, device: torch.device) -> torch.Tensor | None:
+    """Hides what lies before the beginning of a stream from the windows of its first segments."""
+    segment, lookback = config.segment_length, config.num_lookback_segments
+    if min(bases) >= lookback * segment:
+        return None
+    firsts = torch.tensor(bases, device=device)[:, None] + torch.arange(0, length, segment, device=device)  # (B, F)
+    keys = firsts.flatten()[:, None] + torch.arange(-lookback * segment, segment, device=device)  # (B * F, (N + 1) * S)
+    return causal_mask(segment, config.window_length, device) & (keys >= 0)[:, None, None]

@@ -1,0 +1,156 @@
+"""The attention paths as functions, all segments or chunks at once, and the one place that calls an attention kernel.
+
+`module` is the layer's `RMTAttention` everywhere. Shapes: B rows, L aligned columns (see layout_rmt), F segments,
+S segment length, N lookback segments, V versions of memory, M slots, H query heads, G key/value heads, D head width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_rmt import RMTConfig
+from .layout_rmt import causal_mask
+from .memory_rmt import Slots, at_least_float32
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain PyTorch: (B, H, Lq, D), (B, G, Lk, D), additive mask; returns (B, Lq, H, D) and weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, 1)
+    value = value.repeat_interleave(module.num_key_value_groups, 1)
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = at_least_float32(weights).softmax(-1).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax attention through the implementation that the configuration names.
+
+    Args:
+        query: (B, Lq, H, D).
+        key, value: (B, Lk, G, D).
+        mask: (B or 1, 1, Lq, Lk) bool, True where a key is seen; replaces `is_causal`.
+        is_causal: Whether the last query sees all keys, each earlier one a key less; else all see all.
+
+    Returns:
+        (B, Lq, H, D), and the weights (B, H, Lq, Lk) if the implementation gives them.
+
+    Raises:
+        ValueError: If the implementation takes no mask and one is needed.
+    """
+    implementation = module.config._attn_implementation or "eager"
+    num_queries, num_keys = query.shape[1], key.shape[1]
+    is_causal = is_causal and mask is None and num_queries > 1
+    if "flash" in implementation:
+        if mask is not None:
+            raise ValueError(
+                f"attn_implementation={implementation!r} takes no mask, which this call needs (rows at different "
+                "places of their segments, tokens across a chunk end, or a segment end before the window is full): "
+                "use attn_implementation='sdpa'."
+            )
+    elif is_causal and (implementation != "sdpa" or num_queries != num_keys):
+        mask, is_causal = causal_mask(num_queries, num_keys, query.device), False
+    if mask is not None and implementation != "sdpa":
+        additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+        mask = additive.masked_fill(~mask, torch.finfo(query.dtype).min).expand(query.shape[0], -1, -1, -1)
+    interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    return interface(
+        module,
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        mask,
+        dropout=module.config.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        is_causal=is_causal,
+    )
+
+
+def local_attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal attention inside each chunk, all chunks at once: (B, L, H, D) whose column 0 starts a chunk."""
+    batch, length = query.shape[:2]
+    chunk = module.config.chunk_length
+    query, key, value = (
+        pad_columns(states, chunk).reshape(-1, chunk, *states.shape[2:]) for states in (query, key, value)
+    )
+    return first_columns(attend(module, query, key, value)[0].unflatten(0, (batch, -1)).flatten(1, 2), length)
+
+
+def windows_of(states: torch.Tensor, config: RMTConfig) -> torch.Tensor:
+    """Each segment with the N before it: (B, (N + F) * S, ...) to (B, F, (N + 1) * S, ...)."""
+    segment, lookback = config.segment_length, config.num_lookback_segments
+    segments = states.unflatten(1, (-1, segment))
+    if lookback == 0:
+        return segments
+    firsts = torch.arange(segments.shape[1] - lookback, device=states.device)[:, None]
+    seen = firsts + torch.arange(lookback + 1, device=states.device)
+    return segments.index_select(1, seen.flatten()).reshape(
+        states.shape[0], -1, config.window_length, *states.shape[2:]
+    )
+
+
+def windowed_attention(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Global attention of whole segments to their windows, all segments at once.
+
+    Args:
+        query: (B, F * S, H, D).
+        key, value: (B, F, (N + 1) * S, G, D), as `windows_of` gives them.
+        mask: (B * F, 1, S, (N + 1) * S) bool, or None if all windows are whole.
+
+    Returns:
+        (B, F * S, H, D), and the weights (B * F, H, S, (N + 1) * S) if the implementation gives them.
+    """
+    segments = query.reshape(-1, module.config.segment_length, *query.shape[2:])
+    output, weights = attend(module, segments, key.flatten(0, 1), value.flatten(0, 1), mask)
+    return output.reshape(query.shape), weights
+
+
+def memory_attention(module: Any, query: torch.Tensor, memory: Slots) -> torch.Tensor:
+    """Attention to memory as each segment finds it.
+
+    Args:
+        query: (B, V * L', H, D), the memory queries, L' of them for each version.
+        memory: Slots (B, V, M, G, D).
+
+    Returns:
+        (B, V * L', H, D); exactly zero where memory is empty.
+    """
+    versions = memory.strengths.shape[1]
+    keys, values = module.memory.readable(memory.map(lambda tensor: tensor.flatten(0, 1)), module.scaling)
+    asked = module.memory.ask(query.unflatten(1, (versions, -1)).flatten(0, 1))
+    output, _ = attend(module, asked, keys, values, is_causal=False)
+    return output[..., : query.shape[-1]].reshape(query.shape)
+
+
+def pad_columns(states: torch.Tensor, multiple: int) -> torch.Tensor:
+    """(B, L, ...) with zeros behind, so that L is a multiple."""
+    missing = -states.shape[1] % multiple
+    return F.pad(states, (*[0, 0] * (states.dim() - 2), 0, missing)) if missing else states
+
+
+def first_columns(states: torch.Tensor, length: int) -> torch.Tensor:
+    """The first `length` columns of (B, L, ...); no slice, whose backward pass is costly, for nothing."""
+    return states if states.shape[1] <= length else states[:, :length]

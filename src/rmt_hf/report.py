@@ -1,0 +1,203 @@
+"""Reports: a comparison in words, as a table and as a plot; where its numbers come from; files whole or absent.
+
+A home file: it does not travel with the weights.
+"""
+
+import itertools
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .evaluation import Comparison
+
+
+LABELS = {
+    "own": "(a) own memory",
+    "empty": "(b) memory emptied at every segment",
+    "other": "(c) memory of another document",
+    "no_memory": "(d) model without memory",
+}
+
+
+def verdict(comparison: Comparison, name: str) -> str:
+    """One sentence on a condition against (a), which says "no difference" unless it is beyond three standard errors.
+
+    Args:
+        comparison: The measured conditions.
+        name: A condition other than `"own"`.
+    """
+    difference, error = comparison.overall_difference(name)
+    ratio = difference / error if error else 0.0
+    measured = f"{difference:+.4f} ± {error:.4f} bits per byte, {ratio:+.1f} standard errors"
+    if abs(difference) <= 3 * error:
+        return f"{LABELS[name]} against (a): no difference beyond three standard errors ({measured})."
+    return f"{LABELS[name]} is {'worse' if difference > 0 else 'better'} than (a) ({measured})."
+
+
+def table(comparison: Comparison) -> str:
+    """Bits per byte by position as a Markdown table: (a), then the paired differences from it, with standard errors.
+
+    Args:
+        comparison: The measured conditions.
+    """
+    names = comparison.others
+    header = ["tokens read", LABELS["own"], *(f"{LABELS[name]} − (a)" for name in names)]
+    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
+    spans = [f"{start:,}–{end:,}" for start, end in itertools.pairwise(comparison.edges)]
+    columns = [comparison.by_position("own"), *(comparison.difference_by_position(name) for name in names)]
+    lines += [
+        [span, *(f"{mean:.4f} ± {error:.4f}" for mean, error in row)]
+        for span, *row in zip(spans, *columns, strict=True)
+    ]
+    overall = [comparison.overall("own"), *(comparison.overall_difference(name) for name in names)]
+    lines.append(
+        [f"**all beyond the window of {comparison.window_length}**", *(f"**{x:.4f} ± {e:.4f}**" for x, e in overall)]
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Bits per byte by position, and the paired differences from (a), as a picture. Needs matplotlib.
+
+    Args:
+        comparison: The measured conditions.
+        path: Where to write it; the suffix names the format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    levels, differences = figure.subplots(1, 2)
+    places = comparison.edges[1:]
+    for name in ("own", *comparison.others):
+        levels.plot(places, [mean for mean, _ in comparison.by_position(name)], marker="o", label=LABELS[name])
+    differences.axhline(0, color="C0")
+    for index, name in enumerate(comparison.others, 1):
+        means, errors = zip(*comparison.difference_by_position(name), strict=True)
+        differences.errorbar(
+            places, means, errors, marker="o", capsize=3, color=f"C{index}", label=f"{LABELS[name]} − (a)"
+        )
+    for axes, title in ((levels, "Bits per byte"), (differences, "Difference from (a), one standard error")):
+        axes.set(title=title, xlabel="tokens of the document read so far")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [f"{place:,}" for place in places], rotation=45)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+REPORT = """# {title}
+
+{verdicts}
+
+{table}
+
+![Bits per byte by position](bits_per_byte.png)
+
+Bits per byte of held-out documents, each read as one stream: mean over {documents} documents ± standard error.
+Differences are paired by document. (b) and (c) are model (a) with its memory changed before every segment: emptied,
+or exchanged for what (a) had written when it had read another document up to the same position. (d) is another
+model, as large, trained without memory on the same tokens.
+
+{facts}
+
+What the model goes on to say after the first lines of a held-out document:
+
+```text
+{sample}
+```
+"""
+
+
+def write_report(folder: Path, title: str, comparison: Comparison, facts: dict[str, object], sample: str) -> None:
+    """Writes report.md, metrics.json and bits_per_byte.png.
+
+    Args:
+        folder: Where to; made if it does not exist.
+        title: Headline.
+        comparison: The measured conditions.
+        facts: What was run, where and how; listed in the report as they are.
+        sample: Generated text.
+    """
+    text = REPORT.format(
+        title=title,
+        verdicts="\n".join(f"- {verdict(comparison, name)}" for name in comparison.others),
+        table=table(comparison),
+        documents=len(comparison.token_bytes),
+        facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
+        sample=sample.strip(),
+    )
+    metrics = json.dumps({**comparison.metrics(), "facts": facts, "sample": sample}, indent=1)
+    write_whole(folder / "bits_per_byte.png", lambda path: plot(comparison, path))
+    write_whole(folder / "metrics.json", lambda path: path.write_text(metrics, "utf-8"))
+    write_whole(folder / "report.md", lambda path: path.write_text(text, "utf-8"))
+
+
+def environment(packages: tuple[str, ...] = ("torch", "transformers")) -> dict[str, str]:
+    """Where and with what a number was made: command, commit, machine, versions; no host name.
+
+    Args:
+        packages: Distributions whose versions belong to the number.
+    """
+    return {
+        "command": shlex.join(["python", _from_here(sys.argv[0]), *sys.argv[1:]]),
+        "commit": _git_commit(),
+        "machine": f"{_cpu_model()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file or a folder under a temporary name beside it, then renames it: a reader never meets half of it.
+
+    Args:
+        path: Where it shall be; replaced if it exists.
+        write: Called with the temporary name, which has the same suffix.
+    """
+    temporary = path.with_name(f".unfinished-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_folder(temporary)
+    write(temporary)
+    _remove_folder(path)  # a folder is not renamed over another
+    temporary.replace(path)
+
+
+def _remove_folder(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+def _from_here(script: str) -> str:
+    path = Path(script).resolve()
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+def _git_commit() -> str:
+    """Commit of the source tree, and whether files differ from it; "unknown" outside a git tree."""
+
+    def git(*arguments: str) -> str:
+        folder = Path(__file__).parent
+        result = subprocess.run(
+            ["git", "--no-optional-locks", *arguments], cwd=folder, capture_output=True, text=True, check=True
+        )
+        return result.stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_model() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,42 @@
+"""The benchmark runs at tiny settings and reports every figure that it promises."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmt_hf import benchmark
+
+
+TINY = shlex.split(
+    "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 1 --num-attention-heads 2 --vocab-size 64 "
+    "--segment-length 64 --num-memory-slots 4 --train-lengths 64 256 --forward-lengths 256 512 --rounds 1 "
+    "--decode-positions 100 400"
+)
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    results = benchmark.main([*TINY, "--output-dir", str(tmp_path)])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == results
+    assert json.loads((tmp_path / "benchmark.json").read_text()) == results
+    assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "benchmark.png", "profile.txt"}
+    names = {"train_256_over_64", "train_64_over_llama", "train_256_over_llama"}
+    assert set(results["ratios"]) == names | {"decode_400_over_100", "forward_exponent"}
+    assert all(value > 0 for value in results["ratios"].values())
+    assert len(set(results["decode"]["state_bytes"].values())) == 1
+
+
+def test_models_have_equal_size() -> None:
+    args = benchmark.parse_arguments([])
+    ours, llama = (model.num_parameters() for model in benchmark.build_models(args).values())
+    assert abs(ours / llama - 1) < 0.002  # the MLP is widened by whole units
+
+
+def test_exponent_of_a_power_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fit finds the exponent of times that follow a power law exactly."""
+    args = benchmark.parse_arguments([*TINY, "--forward-lengths", "8", "16", "64"])
+    monkeypatch.setattr(benchmark, "best_seconds", lambda tasks, rounds: {length: length**1.25 for length in tasks})
+    result = benchmark.measure_forward(torch.nn.Identity(), args)
+    assert abs(result["exponent"] - 1.25) < 1e-12

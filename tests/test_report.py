@@ -1,0 +1,68 @@
+"""Reports: verdicts follow from the numbers, files are whole or absent, and say where their numbers come from."""
+
+import json
+
+import pytest
+import torch
+
+from rmt_hf.evaluation import Comparison
+from rmt_hf.report import environment, verdict, write_report, write_whole
+
+
+def make_comparison(shift: float, noise: float = 0.1) -> Comparison:
+    generator = torch.Generator().manual_seed(0)
+    own = torch.rand(8, 63, generator=generator)
+    other = own + shift + noise * torch.randn(8, 1, generator=generator)
+    return Comparison({"own": own, "other": other}, torch.ones(8, 63, dtype=torch.int64), window_length=4)
+
+
+@pytest.mark.parametrize(("shift", "words"), [(1.0, "is worse than"), (-1.0, "is better than"), (0.0, "no difference")])
+def test_verdict_follows_from_the_numbers(shift, words):
+    assert words in verdict(make_comparison(shift), "other")
+
+
+def test_report_holds_every_figure(tmp_path):
+    comparison = make_comparison(1.0)
+    write_report(tmp_path / "report", "Title", comparison, {"seconds": 3}, "To be | or not")
+    assert sorted(file.name for file in (tmp_path / "report").iterdir()) == [
+        "bits_per_byte.png",
+        "metrics.json",
+        "report.md",
+    ]
+    text = (tmp_path / "report" / "report.md").read_text("utf-8")
+    for mean, error in [comparison.overall("own"), *comparison.difference_by_position("other")]:
+        assert f"{mean:.4f} ± {error:.4f}" in text
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text("utf-8"))
+    assert metrics["difference"]["other"] == list(comparison.overall_difference("other"))
+    assert metrics["facts"] == {"seconds": 3}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "numbers.json"
+    write_whole(path, lambda name: name.write_text("old"))
+
+    def fail(name):
+        name.write_text("ha")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, fail)
+    assert path.read_text() == "old"
+
+
+def test_a_folder_is_replaced_whole(tmp_path):
+    def write(name):
+        name.mkdir()
+        (name / "new").touch()
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").touch()
+    write_whole(tmp_path / "model", write)
+    assert [file.name for file in tmp_path.rglob("*")] == ["model", "new"]
+
+
+def test_environment_names_no_path_of_the_machine(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/else/train.py", "--steps", "3"])
+    found = environment(("torch",))
+    assert found["command"] == "python train.py --steps 3"
+    assert found["torch"] == torch.__version__ and "threads" in found["machine"]

@@ -1,6 +1,7 @@
 """The benchmark runs at tiny settings and reports every figure that it promises."""
 
 import json
+import math
 import shlex
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"benchmark.json", "benchmark.png", "profile.txt"}
     names = {"train_256_over_64", "train_64_over_llama", "train_256_over_llama"}
     assert set(results["ratios"]) == names | {"decode_400_over_100", "forward_exponent"}
+    exponent = results["ratios"].pop("forward_exponent")
+    assert math.isfinite(exponent)  # at these lengths it is noise, of either sign: the fit has a test of its own
     assert all(value > 0 for value in results["ratios"].values())
     assert len(set(results["decode"]["state_bytes"].values())) == 1
 

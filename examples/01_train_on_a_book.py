@@ -98,8 +98,8 @@ def train(model: RMTForCausalLM, rows: Dataset, tokenizer, args: argparse.Namesp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("reports/book"))
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3300)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--row-length", type=int, default=1024, help="tokens of a training row")
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--vocab-size", type=int, default=1024)

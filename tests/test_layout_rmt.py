@@ -182,20 +182,19 @@ def test_segments_to_be_written_leave_the_window(starts, num_columns, first_segm
 
 
 def test_rows_whose_segment_ends_are_due():
-    config = make_config()
-    assert plan([3, 13], 2).due_rows(config) is None
-    assert plan([3, 14], 3).due_rows(config).tolist() == [True, False]
-    assert plan([11, 17, 4], 1).due_rows(config).tolist() == [True, True, False]
-    assert plan([12, 11], [".", "x"]).due_rows(config).tolist() == [False, True]  # a row at an end that reads nothing
+    assert plan([3, 13], 2).due_rows(SEGMENT) is None
+    assert plan([3, 14], 3).due_rows(SEGMENT).tolist() == [True, False]
+    assert plan([11, 17, 4], 1).due_rows(SEGMENT).tolist() == [True, True, False]
+    assert plan([12, 11], [".", "x"]).due_rows(SEGMENT).tolist() == [False, True]  # a row at an end that reads nothing
 
 
 @pytest.mark.parametrize("lookback", [0, 1, 2])
 def test_memory_is_read_from_the_first_token_that_can_see_a_slot(lookback):
-    config = make_config(lookback)
     first = (lookback + 1) * SEGMENT  # segment 0 has just left the window
-    assert not plan([0], first, lookback).reads_memory(config)
-    assert plan([0], first + 1, lookback).reads_memory(config)
-    assert not plan([first - 1], 1, lookback).reads_memory(config)
-    assert plan([first], 1, lookback).reads_memory(config)
-    assert plan([0, first - 2], ["x..", "xxx"], lookback).reads_memory(config)
-    assert not plan([first], 1, lookback).reads_memory(make_config(lookback, num_memory_slots=0))
+    assert not plan([0], first, lookback).reads_memory
+    assert plan([0], first + 1, lookback).reads_memory
+    assert not plan([first - 1], 1, lookback).reads_memory
+    assert plan([first], 1, lookback).reads_memory
+    assert plan([0, first - 2], ["x..", "xxx"], lookback).reads_memory
+    without = make_config(lookback, num_memory_slots=0)
+    assert not plan_call(without, [first], None, 1, torch.device("cpu")).reads_memory

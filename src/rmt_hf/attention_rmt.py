@@ -5,26 +5,32 @@ N lookback segments, H query heads, G key/value heads, D head width, E hidden si
 """
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .cache_rmt import LayerState
 from .configuration_rmt import RMTConfig
 from .layout_rmt import FRESH, CallLayout, StepView
-from .memory_rmt import RMTMemory, Slots, at_least_float32, empty_slots, where_rows
+from .memory_rmt import RMTMemory, Slots, at_least_float32, empty_slots
 from .paths_rmt import (
+    Paths,
+    Projections,
+    Shares,
     attend,
+    attend_one_token,
     first_columns,
+    fuse,
+    is_plain,
     local_attention,
     memory_attention,
     pad_columns,
     windowed_attention,
     windows_of,
 )
+from .state_rmt import LayerState
 
 
 class RMTRMSNorm(nn.Module):
@@ -36,9 +42,8 @@ class RMTRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        wide = at_least_float32(hidden_states)
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (self.weight * wide.to(hidden_states.dtype)).to(hidden_states.dtype)
+        wide, weight = at_least_float32(hidden_states), at_least_float32(self.weight)
+        return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), self.eps).to(hidden_states.dtype)
 
 
 def rotary_turns(config: RMTConfig) -> torch.Tensor:
@@ -68,37 +73,17 @@ class RMTRotaryEmbedding(nn.Module):
 
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Position ids (B, L) int64 to cosine and sine, each (B, L, 1, D)."""
+        """Position ids (B, L) int64 to cosine and sine, each (B, L, 1, D), the first half of the sines negated."""
         turns = position_ids[..., None] * self.turns.to(position_ids.device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         angles = turns.to(wide) * (2 * math.pi / 2.0**64)
-        angles = torch.cat([angles, angles], -1)[:, :, None]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+        return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary encoding of (B, L, heads, D), in their dtype (autocast mixes them); with `-sin` it is undone."""
-    first, second = states.chunk(2, -1)
-    return (states * cos + torch.cat([-second, first], -1) * sin).to(states.dtype)
-
-
-class Projections(NamedTuple):
-    """What attention makes of the aligned hidden states: (B, L, heads, D) each, scores (B, L, ...)."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    unrotated_key: torch.Tensor
-    value: torch.Tensor
-    memory_query: torch.Tensor | None
-    scores: torch.Tensor
-
-
-class Paths(NamedTuple):
-    """Outputs of the three paths, (B, L, H, D) each; None for a path that gives nothing in this call."""
-
-    from_global: torch.Tensor
-    from_local: torch.Tensor | None
-    from_memory: torch.Tensor | None
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin).to(states.dtype)
 
 
 class RMTFusionGate(nn.Linear):
@@ -120,6 +105,12 @@ class RMTAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
         self.scaling = head_dim**-0.5
         self.is_causal = True
+        # Plain numbers: every look into a configuration costs 3 µs, which a step of one token feels.
+        self.head_dim = head_dim
+        self.segment_length, self.window_length = config.segment_length, config.window_length
+        self.num_lookback_segments, self.num_memory_slots = config.num_lookback_segments, config.num_memory_slots
+        self.use_local_attention, self.use_qk_norm = config.use_local_attention, config.use_qk_norm
+        self.fusion_type = config.fusion_type
         queries, slots = config.num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, slots, bias=config.attention_bias)
@@ -163,14 +154,23 @@ class RMTAttention(nn.Module):
         """
         hidden_states = layout.align(hidden_states)
         inputs = self._project(hidden_states, layout, keep_state, *position_embeddings[:2])
+        shares = self._shares(hidden_states)
         state = None if state is None else state.to(inputs.key.dtype)
+        blocks: tuple = (None, None)
         if state is None or layout.form == FRESH:
             paths, blocks, state = self._attend_fresh(inputs, layout, keep_state)
-        elif layout.step is not None:
-            paths, blocks, state = self._attend_step(inputs, layout, layout.step, state, position_embeddings[2:])
-        else:
+            fused = fuse(shares, paths)
+        elif layout.step is None:
             paths, blocks, state = self._attend_segments(inputs, layout, state, position_embeddings[2:])
-        output = self.o_proj(self._fuse(hidden_states, paths).flatten(2))
+            fused = fuse(shares, paths)
+        else:
+            state = self._lay(inputs, layout.step, state)
+            if layout.length == 1 and not output_attentions and is_plain(self):
+                fused = attend_one_token(self, inputs, layout.step, state, shares)
+            else:
+                paths, blocks = self._attend_step(inputs, layout.step, state)
+                fused = fuse(shares, paths)
+        output = self.o_proj(fused.flatten(2))
         weights = self._weights_by_column(blocks, layout) if output_attentions else None
         return layout.restore(output), weights, state
 
@@ -180,51 +180,46 @@ class RMTAttention(nn.Module):
         """Queries, keys and values of the aligned columns; what memory needs only where it is read or kept."""
 
         def heads(name: str) -> torch.Tensor:
-            states = getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.config.head_dim))
-            return getattr(self, f"{name}_norm")(states) if self.config.use_qk_norm and name != "v" else states
+            states = getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim))
+            return getattr(self, f"{name}_norm")(states) if self.use_qk_norm and name != "v" else states
 
         query, key, value = heads("q"), heads("k"), heads("v")
-        reads = layout.reads_memory(self.config)
-        memory_query = heads("memory_q") if reads else None
-        writes = self.config.num_memory_slots > 0 and (reads or keep_state)
+        memory_query = heads("memory_q") if layout.reads_memory else None
+        writes = self.num_memory_slots > 0 and (layout.reads_memory or keep_state)
         scores = self.memory.scores(hidden_states) if writes else query[:, :, 0, :0]
         return Projections(rotate(query, cos, sin), rotate(key, cos, sin), key, value, memory_query, scores)
 
-    def _fuse(self, hidden_states: torch.Tensor, paths: Paths) -> torch.Tensor:
-        """Adds the paths up; a path that gives nothing in this call counts as zero."""
-        exists = (self.config.use_local_attention, self.config.num_memory_slots > 0)
-        extra = [path for path, there in zip(paths[1:], exists, strict=True) if there]
-        if not extra:
-            return paths.from_global
-        if self.config.fusion_type == "softmax":
-            shares = at_least_float32(self.fusion_logits).softmax(0).to(hidden_states.dtype).unbind()
-            output, shares = shares[0] * paths.from_global, shares[1:]
+    def _shares(self, hidden_states: torch.Tensor) -> Shares:
+        """What each path counts in the sum, per token and head or, with softmax fusion, per layer."""
+        exists = (self.use_local_attention, self.num_memory_slots > 0)
+        if not any(exists):
+            return Shares(None, None, None)
+        if self.fusion_type == "softmax":
+            first, *rest = at_least_float32(self.fusion_logits).softmax(0).to(hidden_states.dtype).unbind()
         else:
-            gates = at_least_float32(self.fusion_gate_proj(hidden_states)).sigmoid().unflatten(-1, (len(extra), -1))
+            gates = at_least_float32(self.fusion_gate_proj(hidden_states)).sigmoid().unflatten(-1, (sum(exists), -1))
             gates = (gates * at_least_float32(self.fusion_scale)).to(hidden_states.dtype)  # (B, L, paths, H)
-            output, shares = paths.from_global, gates[..., None].unbind(2)
-        for share, path in zip(shares, extra, strict=True):
-            output = output if path is None else torch.addcmul(output, share, path)
-        return output
+            first, rest = None, list(gates[..., None].unbind(2))
+        return Shares(first, *(rest.pop(0) if there else None for there in exists))
 
     def _attend_fresh(
         self, inputs: Projections, layout: CallLayout, keep_state: bool
     ) -> tuple[Paths, tuple, LayerState | None]:
         """All rows begin their stream here: one causal block as long as the window, then whole segments."""
-        segment, lookback = self.config.segment_length, self.config.num_lookback_segments
-        length, window = inputs.query.shape[1], self.config.window_length
+        segment, lookback = self.segment_length, self.num_lookback_segments
+        length, window = inputs.query.shape[1], self.window_length
         num_later = max(0, -(-(length - window) // segment))  # segments that do not see the beginning any more
         from_global, weights = self._attend_fresh_global(inputs, num_later)
         from_local = from_memory = rounds = state = None
-        if self.config.use_local_attention:
+        if self.use_local_attention:
             from_local = local_attention(self, inputs.query, inputs.key, inputs.value)
         writes = [max(0, end // segment - lookback) for end in layout.ends]
-        if self.config.num_memory_slots and (num_later or keep_state):
+        if self.num_memory_slots and (num_later or keep_state):
             written = (
                 first_columns(pad_columns(states, segment), max(num_later, *writes) * segment)
                 for states in (inputs.unrotated_key, inputs.value, inputs.scores)
             )
-            rounds = self._write_segments(empty_slots(inputs.value, self.config.num_memory_slots), *written)
+            rounds = self._write_segments(empty_slots(inputs.value, self.num_memory_slots), *written)
         if rounds is not None and inputs.memory_query is not None:
             versions = torch.arange(1, num_later + 1, device=inputs.query.device)
             asked = pad_columns(inputs.memory_query[:, window:], segment)
@@ -242,7 +237,7 @@ class RMTAttention(nn.Module):
         if not num_later:
             output, weights = attend(self, query, key, value)
             return output, (weights, None)
-        length, segment, window = query.shape[1], self.config.segment_length, self.config.window_length
+        length, segment, window = query.shape[1], self.segment_length, self.window_length
         query, later_query = query.split([window, length - window], 1)
         # The first window holds the keys of the causal block, each other one those of a later segment.
         (key, later_key), (value, later_value) = (
@@ -256,7 +251,7 @@ class RMTAttention(nn.Module):
         self, inputs: Projections, layout: CallLayout, state: LayerState, write_rotary: tuple[torch.Tensor, ...]
     ) -> tuple[Paths, tuple, LayerState]:
         """Rows go on with their streams, across segment ends: whole segments from where each row stands."""
-        segment, lookback = self.config.segment_length, self.config.num_lookback_segments
+        segment, lookback = self.segment_length, self.num_lookback_segments
         kept = (lookback + 1) * segment
         offsets = layout.per_row([start % segment for start in layout.starts])
         is_old = torch.arange(segment, device=offsets.device) < offsets[:, None]  # (B, S)
@@ -266,13 +261,14 @@ class RMTAttention(nn.Module):
             current = torch.where(is_old_here, old[:, kept:], new[:, :segment])
             return torch.cat([old[:, :kept], current, new[:, segment:]], 1)
 
-        keys, values, scores = map(join, state[:3], (inputs.key, inputs.value, inputs.scores))
+        keys, values = join(state.keys.transpose(1, 2), inputs.key), join(state.values.transpose(1, 2), inputs.value)
+        scores = join(state.scores, inputs.scores)
         seen_keys, seen_values = (windows_of(states[:, segment:], self.config) for states in (keys, values))
         outputs, weights = windowed_attention(self, inputs.query, seen_keys, seen_values, layout.window_mask)
         from_local = from_memory = None
-        if self.config.use_local_attention:
+        if self.use_local_attention:
             from_local = local_attention(self, inputs.query, keys[:, kept:], values[:, kept:])
-        rounds = self.memory.write(state.memory, None) if self.config.num_memory_slots else None
+        rounds = self.memory.write(state.memory, None) if self.num_memory_slots else None
         if rounds is not None and write_rotary:
             written = slice(segment, segment + write_rotary[0].shape[1])
             unrotated = rotate(keys[:, written], write_rotary[0], -write_rotary[1])
@@ -286,47 +282,52 @@ class RMTAttention(nn.Module):
         state = self._closing_state((keys, values, scores), layout, firsts, rounds, writes, state.previous_memory)
         return Paths(outputs, from_local, from_memory), (weights, None), state
 
-    def _attend_step(
-        self,
-        inputs: Projections,
-        layout: CallLayout,
-        step: StepView,
-        state: LayerState,
-        write_rotary: tuple[torch.Tensor, ...],
-    ) -> tuple[Paths, tuple, LayerState]:
-        """No row leaves its segment: new tokens are laid into the window, which is then looked at as it is."""
-        keys, values, scores = (
-            lay_columns(window, step.columns, new)
-            for window, new in zip(state[:3], (inputs.key, inputs.value, inputs.scores), strict=True)
-        )
-        state = state._replace(keys=keys, values=values, scores=scores)
+    @staticmethod
+    def _lay(inputs: Projections, step: StepView, state: LayerState) -> LayerState:
+        """The state with the new tokens laid into the window."""
+        keys = lay_columns(state.keys, 2, step.columns, inputs.key.transpose(1, 2))
+        values = lay_columns(state.values, 2, step.columns, inputs.value.transpose(1, 2))
+        scores = lay_columns(state.scores, 1, step.columns, inputs.scores)
+        return state._replace(keys=keys, values=values, scores=scores)
+
+    def _attend_step(self, inputs: Projections, step: StepView, state: LayerState) -> tuple[Paths, tuple]:
+        """No row leaves its segment: the window, new tokens included, is looked at as it lies in the state."""
+        keys, values = state.keys.transpose(1, 2), state.values.transpose(1, 2)
         seen = slice(*step.global_span)
         outputs, weights = attend(self, inputs.query, keys[:, seen], values[:, seen], step.global_mask)
         from_local = from_memory = None
-        if self.config.use_local_attention:
+        if self.use_local_attention:
             seen = slice(*step.local_span)
             from_local, _ = attend(self, inputs.query, keys[:, seen], values[:, seen], step.local_mask)
         if inputs.memory_query is not None:
             from_memory = memory_attention(self, inputs.memory_query, state.memory.map(lambda tensor: tensor[:, None]))
-        due = layout.due_rows(self.config)
-        if due is not None:
-            state = self._turn(state, due, layout, write_rotary)
-        return Paths(outputs, from_local, from_memory), (weights, None), state
+        return Paths(outputs, from_local, from_memory), (weights, None)
 
-    def _turn(self, state: LayerState, due: torch.Tensor, layout: CallLayout, write_rotary: tuple) -> LayerState:
-        """Rows whose segment is full move their window on by one segment and write the one that leaves it."""
-        segment = self.config.segment_length
+    def turn(
+        self,
+        state: LayerState,
+        due: torch.Tensor,
+        begun: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> LayerState:
+        """Moves the window of rows whose segment a step has filled on by one, and writes the segment that leaves it.
 
-        keys, values, scores = (
-            where_rows(due, torch.cat([old[:, segment:], torch.zeros_like(old[:, :segment])], 1), old)
-            for old in state[:3]
-        )
-        moved = state._replace(keys=keys, values=values, scores=scores)
-        if not self.config.num_memory_slots:
+        Apart from the step, so that a compiled step is the same at every position.
+
+        Args:
+            state: The state after the step.
+            due: (B,) bool, the rows.
+            begun: (B, 1) bool, whether the stream had begun before the segment that leaves.
+            position_embeddings: Cosine and sine for that segment, each (B, S, 1, D).
+        """
+        segment = self.segment_length
+        moved = state.shift_rows(due, segment)
+        if not self.num_memory_slots:
             return moved
-        leaving_keys, leaving_values, leaving_scores = (old[:, segment : 2 * segment] for old in state[:3])
-        unrotated = rotate(leaving_keys, write_rotary[0], -write_rotary[1])
-        rounds = self._write_segments(state.memory, unrotated, leaving_values, leaving_scores, layout.begun(segment))
+        keys, values = (old[:, :, segment : 2 * segment].transpose(1, 2) for old in state[:2])
+        cos, sin = position_embeddings
+        scores = state.scores[:, segment : 2 * segment]
+        rounds = self._write_segments(state.memory, rotate(keys, cos, -sin), values, scores, begun)
         written = self.memory.version(rounds, torch.ones(1, dtype=torch.int64, device=due.device))
         return moved._replace(
             memory=state.memory.replace_rows(due, written.map(lambda tensor: tensor[:, 0])),
@@ -342,7 +343,7 @@ class RMTAttention(nn.Module):
         begun: torch.Tensor | None = None,
     ) -> Slots:
         """Condenses and writes W segments, (B, W * S, ...); `begun` (B, W) is False before a stream began."""
-        segments = (states.unflatten(1, (-1, self.config.segment_length)) for states in (keys, values, scores))
+        segments = (states.unflatten(1, (-1, self.segment_length)) for states in (keys, values, scores))
         candidates = self.memory.condense(*segments)
         if begun is not None:
             hidden = ~begun[:, :, None, None]
@@ -365,7 +366,7 @@ class RMTAttention(nn.Module):
         """The state after a call: last columns of the frame (B, columns, ...), memory after each row's writes."""
         rows = torch.arange(len(firsts), device=frame[0].device)[:, None]
         columns = layout.per_row(firsts)[:, None] + torch.arange(
-            self.config.window_length + self.config.segment_length, device=frame[0].device
+            self.window_length + self.segment_length, device=frame[0].device
         )
         outside = (columns < 0) | (columns >= frame[0].shape[1])
         columns = columns.clamp(0, frame[0].shape[1] - 1)
@@ -373,8 +374,9 @@ class RMTAttention(nn.Module):
             states[rows, columns].masked_fill(outside.reshape(*outside.shape, *[1] * (states.dim() - 2)), 0)
             for states in frame
         )
+        keys, values = (states.transpose(1, 2).contiguous() for states in (keys, values))
         if rounds is None:
-            none = empty_slots(keys, 0)
+            none = empty_slots(frame[0], 0)
             return LayerState(keys, values, scores, none, none)
         counts = layout.per_row(writes)
         memory, before = (
@@ -387,7 +389,7 @@ class RMTAttention(nn.Module):
 
     def _weights_by_column(self, weights: tuple, layout: CallLayout) -> torch.Tensor | None:
         """Global attention weights as a map (B, H, T, keys); see `forward`."""
-        segment, window = self.config.segment_length, self.config.window_length
+        segment, window = self.segment_length, self.window_length
         head, tail = weights
         if head is None:  # the implementation gives none
             return None
@@ -412,11 +414,19 @@ class RMTAttention(nn.Module):
         return layout.restore(head.transpose(1, 2)).transpose(1, 2)
 
 
-def lay_columns(window: torch.Tensor, columns: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The window (B, columns, ...) with `new` (B, L, ...) at `columns`; in place where no gradient needs the old."""
+def lay_columns(window: torch.Tensor, axis: int, columns: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The window with `new` at its `columns`, (L,) or (B, L), along an axis; in place where no gradient needs the old.
+
+    Written so that a compiled step writes in place too: through a transposed view it would copy the whole window.
+    """
     in_place = not torch.is_grad_enabled() and not window.requires_grad
-    in_place &= torch.is_inference_mode_enabled() or not window.is_inference()
+    if not torch.compiler.is_compiling():  # where neither question can be asked
+        in_place &= torch.is_inference_mode_enabled() or not window.is_inference()
+    window = window if in_place else window.clone()
     if columns.dim() == 1:
-        return window.index_copy_(1, columns, new) if in_place else window.index_copy(1, columns, new)
-    rows = torch.arange(columns.shape[0], device=columns.device)[:, None]
-    return window.index_put_((rows, columns), new) if in_place else window.index_put((rows, columns), new)
+        return window.index_copy_(axis, columns, new)
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    if axis == 1:
+        return window.index_put_((rows, columns), new)
+    heads = torch.arange(window.shape[1], device=columns.device)[:, None]
+    return window.index_put_((rows[:, None], heads, columns[:, None]), new)

@@ -1,62 +1,34 @@
-"""What survives between two calls: the live window, the memory, and a clock per row.
+"""What survives between two calls: the states of all layers and a clock per row; what a user can do with it.
 
-Shapes: B rows, N lookback segments, S segment length, G key/value heads, D head width, M slots.
+Shapes: B rows, S segment length.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, cast
 
 import torch
+from huggingface_hub import HfApi
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_rmt import RMTConfig
-from .memory_rmt import Slots
+from .layout_rmt import CallLayout
+from .saving_rmt import read_record, read_tensors, state_shapes, write_state
+from .state_rmt import LayerState
 
 
-class LayerState(NamedTuple):
-    """The state of one layer. Column j of the window is stream position (t - N - 1) * S + j of a row in segment t.
-
-    One segment more than attention sees is kept, and memory as it was before the last write, so that a rewind of up to
-    S tokens across a segment boundary can be exact.
-
-    Args:
-        keys: (B, (N + 2) * S, G, D), with rotary encoding; columns at or after the clock mean nothing.
-        values: (B, (N + 2) * S, G, D).
-        scores: (B, (N + 2) * S, ...), what the write will need of each token.
-        memory: Slots (B, M, G, D); M is 0 without memory.
-        previous_memory: The slots before the last write.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor
-    memory: Slots
-    previous_memory: Slots
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
-        """The state with `function` applied to every tensor."""
-        keys, values, scores = map(function, self[:3])
-        return LayerState(keys, values, scores, self.memory.map(function), self.previous_memory.map(function))
-
-    def to(self, dtype: torch.dtype) -> "LayerState":
-        """The state for a call that computes in `dtype`; another one before `autocast` or `model.to(dtype)`."""
-        if self.keys.dtype == dtype:
-            return self
-        wide = torch.promote_types(dtype, torch.float32)  # of scores and strengths
-        memory, previous_memory = (
-            Slots(slots.keys.to(dtype), slots.values.to(dtype), slots.strengths.to(wide)) for slots in self[3:]
-        )
-        return LayerState(self.keys.to(dtype), self.values.to(dtype), self.scores.to(wide), memory, previous_memory)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All tensors of the state."""
-        return [*self[:3], *self.memory, *self.previous_memory]
+# What a state knows besides its tensors; all of it can be written as JSON.
+CLOCK = ("fingerprint", "positions", "num_columns", "num_croppable_columns")
 
 
 class RMTCacheLayer(CacheLayerMixin):
     """One layer's place in an `RMTCache`; the model puts a new `LayerState` here after each call."""
 
     is_sliding = True  # bounded: nothing here grows with the stream
+    is_croppable = True
     supports_early_init = False
 
     def __init__(self) -> None:
@@ -98,6 +70,9 @@ class RMTCache(Cache):
         self.fingerprint = state_fingerprint(config)
         self.positions: list[int] = []
         self.num_columns = 0
+        self.num_croppable_columns = 0
+        self.recent_is_real: torch.Tensor | None = None  # (B, S) bool of the last S columns, for `crop`
+        self._free = [True]  # taken out while a call runs
 
     @property
     def batch_size(self) -> int:
@@ -112,25 +87,109 @@ class RMTCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all state tensors; the same at any stream length."""
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of the state, each with the streams along its first axis; none before the first call."""
         states = [layer.state for layer in self.layers if layer.state is not None]
-        return sum(tensor.nbytes for state in states for tensor in state.tensors())
+        recent = [] if self.recent_is_real is None else [self.recent_is_real]
+        return [*(tensor for state in states for tensor in state.tensors()), *recent]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of columns read since the start or the last reset, padding included (what `generate` counts)."""
+        """Number of columns read since the start, the last reset or `begin_prompt`, padding included.
+
+        This is what `generate` counts; `positions` has the real tokens of each row's stream.
+        """
         return self.num_columns
 
-    def commit(self, states: list[LayerState], positions: list[int], num_columns: int) -> None:
+    def begin_prompt(self) -> None:
+        """Counts columns from 0 again: what was read stays read, but is no part of the prompt that comes next.
+
+        `generate` does so by itself if its ids are not longer than what the state has read; call this before a longer
+        prompt, which it would else take for all columns since the beginning.
+        """
+        self.num_columns = 0
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Holds the state for one call.
+
+        Raises:
+            RuntimeError: If another call holds it. A state is one point of a stream, which cannot go on in two ways.
+        """
+        try:
+            self._free.pop()  # one atomic step: two threads cannot both have it
+        except IndexError:
+            raise RuntimeError(
+                "past_key_values is in use by another call, which has not returned yet: give each thread a state of "
+                "its own, made with `clone()`."
+            ) from None
+        try:
+            yield
+        finally:
+            self._free.append(True)
+
+    def commit(self, states: list[LayerState], layout: CallLayout) -> None:
         """Takes over the states of all layers after a call, in one go: a call that failed has changed nothing.
 
         Args:
             states: One state per layer.
-            positions: Stream position of each row after the call.
-            num_columns: Columns that the call had.
+            layout: The plan of the call.
         """
+        segment, batch_size = self.fingerprint["segment_length"], len(layout.ends)
+        num_columns = layout.num_columns
+        recent, is_real = self.recent_is_real, layout.is_real
+        if is_real is None:
+            is_real = states[0].keys.new_ones(batch_size, num_columns, dtype=torch.bool)
+        if recent is None:
+            recent = is_real.new_zeros(batch_size, segment)
+        self.recent_is_real = torch.cat([recent[:, num_columns:], is_real[:, -segment:]], 1)
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
-        self.positions = positions
+        self.positions = list(layout.ends)
         self.num_columns += num_columns
+        self.num_croppable_columns = min(segment, self.num_croppable_columns + num_columns)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last columns of every row: the state is as if they had never been read.
+
+        Padding among them takes no token from its row. `segment_length` columns can be taken back at most, in one go or
+        in several, until more are read; `num_croppable_columns` says how many. What `reset` forgot stays forgotten.
+
+        Args:
+            tokens_to_remove: Minus the number of columns to take back, or 0.
+
+        Raises:
+            ValueError: If the number is above 0, as it was counted before transformers 5.
+            RuntimeError: If the state cannot go back that far; it is left as it was.
+        """
+        columns = -int(tokens_to_remove)
+        if columns < 0:
+            raise ValueError(
+                f"tokens_to_remove must be 0 or below, got {tokens_to_remove}: crop(-n) takes back the last n columns."
+            )
+        if columns > self.num_croppable_columns:
+            raise RuntimeError(
+                f"RMTCache.crop({-columns}): {self.num_croppable_columns} columns can be taken back now, and never "
+                f"more than segment_length ({self.fingerprint['segment_length']}). Keep a `clone()` of the state from "
+                "before the tokens that you may want to take back and go on from there; in assisted generation, draft "
+                "fewer tokens at a time (num_assistant_tokens)."
+            )
+        if not columns:
+            return
+        recent = cast(torch.Tensor, self.recent_is_real)
+        segment = self.fingerprint["segment_length"]
+        ends = [p - taken for p, taken in zip(self.positions, recent[:, -columns:].sum(1).tolist(), strict=True)]
+        crossed = [end // segment < p // segment for end, p in zip(ends, self.positions, strict=True)]
+        if any(crossed):
+            rows = torch.tensor(crossed)
+            for layer in self.layers:
+                layer.state = cast(LayerState, layer.state).rewind_rows(rows, segment)
+        # Columns more than S back are not known again: what comes in at the left is never asked for.
+        self.recent_is_real = torch.cat([torch.zeros_like(recent[:, :columns]), recent[:, :-columns]], 1)
+        self.positions = ends
+        self.num_columns = max(0, self.num_columns - columns)
+        self.num_croppable_columns -= columns
 
     def detach(self) -> "RMTCache":
         """Cuts the gradient to everything read so far, in place."""
@@ -139,13 +198,7 @@ class RMTCache(Cache):
 
     def clone(self) -> "RMTCache":
         """An independent copy of the state."""
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        copy.layers = [RMTCacheLayer() for _ in self.layers]
-        for ours, theirs in zip(self.layers, copy.layers, strict=True):
-            theirs.state = ours.state
-        copy.positions = list(self.positions)
-        return copy._map(torch.Tensor.clone)
+        return self._copy()._map(torch.Tensor.clone)
 
     def reset(self, rows: torch.Tensor | None = None) -> None:
         """Forgets everything, as if the streams had never begun.
@@ -157,7 +210,7 @@ class RMTCache(Cache):
             ValueError: If `rows` is not a bool tensor with one element per row.
         """
         if rows is None:
-            self.positions, self.num_columns = [], 0
+            self.positions, self.num_columns, self.num_croppable_columns, self.recent_is_real = [], 0, 0, None
             for layer in self.layers:
                 layer.state = None
             return
@@ -169,7 +222,9 @@ class RMTCache(Cache):
         self.positions = [0 if gone else old for gone, old in zip(rows.tolist(), self.positions, strict=True)]
         for layer in self.layers:
             if layer.state is not None:
-                layer.state = _reset_rows(layer.state, rows)
+                layer.state = layer.state.reset_rows(rows)
+        if self.recent_is_real is not None:
+            self.recent_is_real = self.recent_is_real & ~rows.to(self.recent_is_real.device)[:, None]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Puts row `beam_idx[i]` in place of row i, as beam search asks."""
@@ -190,39 +245,131 @@ class RMTCache(Cache):
         self.positions = [position for position in self.positions for _ in range(repeats)]
         self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last tokens; not available yet, except for 0 tokens.
+    def split(self) -> list["RMTCache"]:
+        """One independent state for each stream, in order; none before the first call."""
+        parts = [self._copy() for _ in self.positions]
+        for row, part in enumerate(parts):
+            part.batch_select_indices(torch.tensor([row]))
+        return parts
+
+    @classmethod
+    def stack(cls, caches: Sequence["RMTCache"]) -> "RMTCache":
+        """One independent state of all the streams of several, in order: a batch of what was read apart.
+
+        Rows that have read fewer columns than others count as padded on the left, which `get_seq_length()`, the longest
+        of them, includes.
 
         Args:
-            tokens_to_remove: 0, or minus the number of tokens to take back.
+            caches: States of one configuration and one dtype, each with at least one stream.
 
         Raises:
-            RuntimeError: If tokens are to be taken back.
+            ValueError: If there is none, one is empty, or they do not fit each other.
         """
-        if tokens_to_remove != 0:
-            raise RuntimeError(
-                f"RMTCache.crop({tokens_to_remove}): rewinding is not available yet. Keep a `clone()` of the state "
-                "before the tokens you may want to take back, and go on from the clone."
+        if not caches or not all(cache.is_initialized for cache in caches):
+            raise ValueError(
+                f"caches must be states that have read something, got {len(caches)} of which "
+                f"{sum(not cache.is_initialized for cache in caches)} are empty: leave those out."
             )
+        for name in ("fingerprint", "dtype"):
+            kinds = [getattr(cache, name) for cache in caches]
+            different = next((kind for kind in kinds if kind != kinds[0]), kinds[0])
+            if different != kinds[0]:
+                raise ValueError(
+                    f"caches must have one {name}, got {kinds[0]} and {different}: stack states of one model only."
+                )
+        stacked = caches[0]._copy()
+        for index, layer in enumerate(stacked.layers):
+            layer.state = LayerState.stack([cast(LayerState, cache.layers[index].state) for cache in caches])
+        stacked.recent_is_real = torch.cat([cast(torch.Tensor, cache.recent_is_real) for cache in caches])
+        stacked.positions = [position for cache in caches for position in cache.positions]
+        stacked.num_columns = max(cache.num_columns for cache in caches)
+        stacked.num_croppable_columns = min(cache.num_croppable_columns for cache in caches)
+        return stacked
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Dtype of keys and values; None before the first call."""
+        state = self.layers[0].state
+        return None if state is None else state.keys.dtype
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Writes the state to a folder: `rmt_state.json`, one safetensors file, and a card.
+
+        Args:
+            directory: Made if it does not exist. Other files in it stay; a state in it is replaced in one step.
+
+        Raises:
+            ValueError: If the state is empty, or not finite; nothing is written then.
+        """
+        if not self.is_initialized:
+            raise ValueError(
+                "The state to save must have read something, got an empty one: begin with RMTCache(config)."
+            )
+        names = state_shapes(self.fingerprint, self.batch_size)
+        record = {name: getattr(self, name) for name in CLOCK} | {"dtype": str(self.dtype)}
+        write_state(directory, record, dict(zip(names, self.tensors(), strict=True)))
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike, model: PreTrainedModel, **hub: Any) -> "RMTCache":
+        """Reads a state that `save_pretrained` or `push_to_hub` wrote, to be continued by the model that made it.
+
+        The dtype is that of the file; a call in another dtype converts it, exactly if that is the wider one.
+
+        Args:
+            directory: A folder, or the id of a Hub repository.
+            model: The model that goes on; the state comes to its device.
+            hub: `revision`, `token` and what else `transformers.utils.cached_file` takes.
+
+        Raises:
+            OSError: If there is no state.
+            ValueError: If it is damaged, of another format or configuration, or not finite.
+        """
+        cache, record = cls(cast(RMTConfig, model.config)), read_record(directory, **hub)
+        check_fingerprint(record["fingerprint"], cache.fingerprint)
+        *tensors, recent_is_real = read_tensors(directory, record, model.device, **hub).values()
+        per_layer = len(tensors) // len(cache.layers)
+        for index, layer in enumerate(cache.layers):
+            layer.state = LayerState.from_tensors(tensors[index * per_layer : (index + 1) * per_layer])
+        cache.recent_is_real = recent_is_real
+        for name in CLOCK:
+            setattr(cache, name, record[name])
+        return cache
+
+    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **upload: Any) -> str:
+        """Puts the state into a model repository of the Hub, which is made if need be.
+
+        Args:
+            repo_id: `"user/name"`.
+            private: Whether a new repository is private.
+            token: Access token; the stored one by default.
+            upload: What `huggingface_hub.HfApi.upload_folder` takes: `revision`, `commit_message`, `path_in_repo`, ...
+
+        Returns:
+            Address of the commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            upload = {"commit_message": "Upload memory state", **upload}
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
+
+    def _copy(self) -> "RMTCache":
+        """A state of its own that shares the tensors."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy._free, copy.positions, copy.layers = [True], list(self.positions), [RMTCacheLayer() for _ in self.layers]
+        for ours, theirs in zip(self.layers, copy.layers, strict=True):
+            theirs.state = ours.state
+        return copy
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RMTCache":
         for layer in self.layers:
             if layer.state is not None:
                 layer.state = layer.state.map(function)
+        if self.recent_is_real is not None:
+            self.recent_is_real = function(self.recent_is_real)
         return self
-
-
-def _reset_rows(state: LayerState, rows: torch.Tensor) -> LayerState:
-    """The state with some rows empty: zeros, and no slot written."""
-
-    def clear(tensor: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-        return tensor.masked_fill(rows.to(tensor.device).reshape(-1, *[1] * (tensor.dim() - 1)), value)
-
-    def forget(memory: Slots) -> Slots:
-        return Slots(clear(memory.keys), clear(memory.values), clear(memory.strengths, -torch.inf))
-
-    keys, values, scores = map(clear, state[:3])
-    return LayerState(keys, values, scores, forget(state.memory), forget(state.previous_memory))
 
 
 def state_fingerprint(config: RMTConfig) -> dict[str, Any]:
@@ -230,6 +377,18 @@ def state_fingerprint(config: RMTConfig) -> dict[str, Any]:
     names = ["num_hidden_layers", "num_key_value_heads", "head_dim", "chunk_length", "segment_length", "memory_write"]
     names += ["num_lookback_segments", "num_memory_slots", "num_slots_per_chunk", "use_qk_norm", "rope_parameters"]
     return {name: getattr(config, name) for name in names}
+
+
+def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuses a state that a model of another configuration has written."""
+    different = [
+        f"{name} {theirs.get(name)} instead of {ours[name]}" for name in ours if theirs.get(name) != ours[name]
+    ]
+    if different:
+        raise ValueError(
+            f"past_key_values must be a state of this configuration, got one with {', '.join(different)}: begin a new "
+            "one with RMTCache(model.config), or use the model that wrote it."
+        )
 
 
 __all__ = ["RMTCache"]

@@ -26,7 +26,7 @@ class StepView:
     """Where a step looks in the window of the state, whose columns are those of `LayerState`.
 
     Args:
-        columns: Window columns of the new tokens, (L,) if the rows are uniform, else (B, L); int64.
+        columns: Window columns of the new tokens, (L,) if all rows stand at the same place, else (B, L); int64.
         global_span: First and last + 1 window column that global attention looks at.
         global_mask: (B, 1, L, columns of the span) bool, or None for plain causal attention that ends with the span.
         local_span: The same for local attention.
@@ -47,9 +47,11 @@ class CallLayout:
     Args:
         form: `"fresh"`, `"step"` or `"segments"`.
         length: Number L of aligned columns.
+        num_columns: Number T of columns of the call.
         starts: Stream position of each row before the call.
         ends: Stream position of each row after the call.
         position_ids: Stream positions of the aligned columns, (1 or B, L), int64.
+        reads_memory: Whether any token of the call can see a written slot.
         take: Column of the call that each aligned column shows, (B, L), or None if they are the same.
         put: Aligned column of each column of the call, (B, T), or None if they are the same.
         is_real: Which columns of the call are no padding, (B, T) bool, or None if all are.
@@ -61,9 +63,11 @@ class CallLayout:
 
     form: str
     length: int
+    num_columns: int
     starts: tuple[int, ...]
     ends: tuple[int, ...]
     position_ids: torch.Tensor
+    reads_memory: bool
     take: torch.Tensor | None
     put: torch.Tensor | None
     is_real: torch.Tensor | None
@@ -90,21 +94,14 @@ class CallLayout:
         """One integer per row as a tensor (B,), on the device of the call."""
         return torch.tensor(numbers, device=self.position_ids.device)
 
-    def reads_memory(self, config: RMTConfig) -> bool:
-        """Whether any token of the call can see a written slot."""
-        last_segment = max(max(end - 1, 0) // config.segment_length for end in self.ends)
-        return config.num_memory_slots > 0 and last_segment > config.num_lookback_segments
-
     def begun(self, segment_length: int) -> torch.Tensor | None:
         """Which of the segments that may be written lie in their streams, (B, W) bool; False before a stream began."""
         return None if self.write_position_ids is None else self.write_position_ids[:, ::segment_length] >= 0
 
-    def due_rows(self, config: RMTConfig) -> torch.Tensor | None:
+    def due_rows(self, segment_length: int) -> torch.Tensor | None:
         """Form step only: the rows whose segment ends with this call, (B,) bool; None if there are none."""
-        due = [
-            end > start and end % config.segment_length == 0 for start, end in zip(self.starts, self.ends, strict=True)
-        ]
-        return self.per_row(due) if any(due) else None
+        due = [end > start and end % segment_length == 0 for start, end in zip(self.starts, self.ends, strict=True)]
+        return self.per_row(due) if self.form == STEP and any(due) else None
 
 
 def plan_call(
@@ -154,7 +151,9 @@ def plan_call(
         extras["write_position_ids"] = first + torch.arange(
             max(length, segment) if form == SEGMENTS else segment, device=device
         )
-    return CallLayout(form, length, tuple(starts), tuple(ends), position_ids, take, put, is_real, **extras)
+    reads = config.num_memory_slots > 0 and max(*ends, 1) - 1 >= config.window_length
+    clock = (tuple(starts), tuple(ends), position_ids)
+    return CallLayout(form, length, num_columns, *clock, reads, take, put, is_real, **extras)
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
@@ -182,6 +181,31 @@ def _view_step(config: RMTConfig, starts: list[int], counts: list[int], length: 
         keys = torch.arange(*local_span, device=device)
         local_mask = (keys <= queries) & (keys >= queries // chunk * chunk)
     return StepView(columns[0] if is_uniform else columns, global_span, global_mask, local_span, local_mask)
+
+
+def fixed_step(config: RMTConfig, position_ids: torch.Tensor) -> CallLayout:
+    """A step of one token per row whose shapes, and whose Python numbers, are the same at any position.
+
+    It looks at more columns than the step of `plan_call`, and masks them: compiled once, it serves the whole stream.
+
+    Args:
+        config: `RMTConfig` of the model.
+        position_ids: Stream positions of the tokens, (1 or B, 1), int64.
+    """
+    segment, chunk, lookback = config.segment_length, config.chunk_length, config.num_lookback_segments
+    current, end = (lookback + 1) * segment, (lookback + 2) * segment
+    columns = current + position_ids % segment  # (B, 1)
+    queries, keys = columns[:, None, :, None], torch.arange(segment, end, device=position_ids.device)
+    firsts = current - (position_ids // segment).clamp_max(lookback)[:, None, :, None] * segment
+    local_keys = keys[-segment:]
+    step = StepView(
+        columns if len(columns) > 1 else columns[0],
+        (segment, end),
+        (keys <= queries) & (keys >= firsts),
+        (current, end),
+        (local_keys <= queries) & (local_keys >= queries // chunk * chunk),
+    )
+    return CallLayout(STEP, 1, 1, (), (), position_ids, config.num_memory_slots > 0, None, None, None, step=step)
 
 
 def _mask_windows(config: RMTConfig, bases: list[int], length: int, device: torch.device) -> torch.Tensor | None:

@@ -214,6 +214,25 @@ class RMTMemory(nn.Module):
         strengths = F.pad(strengths, (0, 0, 1, 0))[..., None]  # (B, 1 + M, G, 1)
         return torch.cat([keys, F.pad(strengths, (0, STRENGTH_WIDTH - 1))], -1), values
 
+    def recall(self, queries: torch.Tensor, slots: Slots, scaling: float) -> torch.Tensor:
+        """Attention of one token per row to memory and the null slot.
+
+        Args:
+            queries: (B * G, H / G, D).
+            slots: (B, M, G, D).
+            scaling: Factor of the attention scores.
+
+        Returns:
+            (B * G, H / G, D).
+        """
+        wide, (batch, _, heads, width) = at_least_float32(queries), slots.keys.shape
+        keys = at_least_float32(slots.keys).permute(0, 2, 3, 1).reshape(batch * heads, width, -1)
+        strengths = slots.strengths.transpose(1, 2).reshape(batch * heads, 1, -1)
+        null_keys = at_least_float32(self.null_key)[..., None].expand(batch, -1, -1, -1).flatten(0, 1)
+        scores = [torch.bmm(wide, null_keys) * scaling, torch.baddbmm(strengths, wide, keys, alpha=scaling)]
+        weights = torch.cat(scores, -1).softmax(-1)[..., 1:].to(queries.dtype)  # the value of the null slot is zero
+        return torch.bmm(weights, slots.values.transpose(1, 2).reshape(batch * heads, -1, width))
+
     @staticmethod
     def ask(queries: torch.Tensor) -> torch.Tensor:
         """Queries (B, L, H, D) widened to (B, L, H, D + 8) for the keys of `readable`."""

@@ -4,6 +4,8 @@ Shapes: B rows, T columns of a call, E hidden size, V vocabulary. The walk of on
 (layout_rmt); rotary tables once; the only loop over layers; norm; head.
 """
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,15 +23,27 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto import modeling_auto
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rmt import RMTAttention, RMTFusionGate, RMTRMSNorm, RMTRotaryEmbedding, rotary_turns
-from .cache_rmt import LayerState, RMTCache, state_fingerprint
+from .cache_rmt import RMTCache
 from .configuration_rmt import RMTConfig
-from .layout_rmt import CallLayout, plan_call
+from .inputs_rmt import (
+    check_axes,
+    check_cache_type,
+    check_ids,
+    check_labels,
+    check_position_ids,
+    clear_padding,
+    real_columns,
+    refuse_reentrant_checkpoints,
+    stream_starts,
+)
+from .layout_rmt import SEGMENTS, STEP, CallLayout, fixed_step, plan_call
 from .memory_rmt import RMTMemory
+from .state_rmt import LayerState
 
 
 class RMTMLP(nn.Module):
@@ -64,6 +78,7 @@ class RMTDecoderLayer(GradientCheckpointingLayer):
 
 
 FUSION_GATE_BIAS = -2.0  # sigmoid 0.12: the extra paths begin nearly closed
+MEMORIZE_TOKENS = 8192  # tokens of all rows in one call of `memorize`: enough for speed, and little memory
 MEMORY_GATE_BIAS = 1.0  # stretched sigmoid 0.78: a write begins as mostly a replacement, with a gradient
 
 
@@ -111,6 +126,47 @@ class RMTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMTRotaryEmbedding):
             init.copy_(module.turns, rotary_turns(module.config))
 
+    @torch.no_grad()
+    def memorize(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: RMTCache | None = None,
+        show_progress: bool = False,
+    ) -> RMTCache:
+        """Reads any number of tokens in bounded memory: calls of `MEMORIZE_TOKENS`, no logits, no gradients.
+
+        The model reads as it is; call `eval()` first if it has dropout. If reading is interrupted, a state that was
+        given stands at the end of the last whole call (`get_seq_length()` says where).
+
+        Args:
+            input_ids: (B, T) int64, may be much longer than the window.
+            attention_mask: (B, T), 0 at padding, which may be anywhere.
+            past_key_values: The state to go on from, changed in place; a new one if None.
+            show_progress: Whether to show a progress bar.
+
+        Returns:
+            The state after the last token; pass it as `past_key_values`.
+
+        Raises:
+            ValueError: If an input breaks a rule; nothing has been read then.
+        """
+        check_ids(input_ids, self.config.vocab_size)
+        cache = RMTCache(self.config) if past_key_values is None else past_key_values
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, got "
+                f"{tuple(attention_mask.shape)}: columns read before are not named again here."
+            )
+        (num_rows, num_columns), segment = input_ids.shape, self.config.segment_length
+        size = max(1, MEMORIZE_TOKENS // num_rows // segment) * segment
+        starts = range(0, num_columns, size)
+        for start in logging.tqdm(starts, desc="Memorizing", unit=f"x{size} tokens", disable=not show_progress):
+            columns = slice(start, start + size)
+            mask = None if attention_mask is None else attention_mask[:, columns]
+            self.base_model(input_ids=input_ids[:, columns], attention_mask=mask, past_key_values=cache)
+        return cache
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As every model. Where the code is saved, too (`register_for_auto_class`), all its classes can be loaded."""
         if self._auto_class is not None:
@@ -138,8 +194,10 @@ class RMTModel(RMTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    # The bookkeeping of a call is Python and changes with every call: `torch.compile` compiles `_run_layers` alone.
     @merge_with_config_defaults
     @capture_outputs
+    @partial(torch.compiler.disable, recursive=False)
     def forward(  # type: ignore[misc]  # TransformersKwargs names position_ids again
         self,
         input_ids: torch.LongTensor | None = None,
@@ -166,37 +224,76 @@ class RMTModel(RMTPreTrainedModel):
         Raises:
             ValueError: If an input breaks a rule; nothing has been changed then.
             TypeError: If `past_key_values` is not an RMTCache.
+            RuntimeError: If another call, in another thread, is reading with the same state.
         """
-        inputs_embeds = self._embed(input_ids, inputs_embeds)
-        batch_size, num_columns = inputs_embeds.shape[:2]
         if past_key_values is None and use_cache:
             past_key_values = RMTCache(self.config)
-        if past_key_values is not None and self.training and torch.is_grad_enabled():
-            _refuse_reentrant_checkpoints(self.layers)
-        starts = _stream_starts(past_key_values, self.config, batch_size)
-        is_real = _real_columns(attention_mask, past_key_values, batch_size, num_columns)
-        inputs_embeds = _clear_padding(inputs_embeds, is_real, check=input_ids is None)
-        layout = plan_call(self.config, starts, is_real, num_columns, inputs_embeds.device)
-        _check_position_ids(position_ids, layout, num_columns)
+        if past_key_values is not None:
+            check_cache_type(past_key_values)
+        with nullcontext() if past_key_values is None else past_key_values.exclusive():
+            hidden_states, layout = self._prepare(
+                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
+            )
+            output_attentions = kwargs.get("output_attentions") or self.config.output_attentions
+            hidden_states, states = self._run_layers(hidden_states, layout, past_key_values, output_attentions)
+            if past_key_values is not None:
+                self._conclude(states, layout, past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
-        position_embeddings = self.rotary_emb(layout.position_ids, inputs_embeds.dtype)
-        if layout.write_position_ids is not None:
-            position_embeddings += self.rotary_emb(layout.write_position_ids, inputs_embeds.dtype)
-        output_attentions = kwargs.get("output_attentions") or self.config.output_attentions
-        hidden_states, states = inputs_embeds, []
+    @torch.compiler.disable
+    def _prepare(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: RMTCache | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, CallLayout]:
+        """Checks everything, before anything changes: embeddings (B, T, E), and where their columns belong."""
+        inputs_embeds = self._embed(input_ids, inputs_embeds)
+        batch_size, num_columns = inputs_embeds.shape[:2]
+        if cache is not None and self.training and torch.is_grad_enabled():
+            refuse_reentrant_checkpoints(self.layers)
+        starts = stream_starts(cache, self.config, batch_size)
+        is_real = real_columns(attention_mask, cache, batch_size, num_columns)
+        inputs_embeds = clear_padding(inputs_embeds, is_real, check=input_ids is None)
+        layout = plan_call(self.config, starts, is_real, num_columns, inputs_embeds.device)
+        check_position_ids(position_ids, layout, num_columns)
+        return inputs_embeds, layout
+
+    def _run_layers(
+        self, hidden_states: torch.Tensor, layout: CallLayout, cache: RMTCache | None, output_attentions: bool
+    ) -> tuple[torch.Tensor, list[LayerState]]:
+        """The only loop over layers: (B, T, E) to (B, T, E), and the state of each layer after the call."""
+        if torch.compiler.is_compiling() and layout.form == STEP and layout.length == 1 and layout.take is None:
+            layout = fixed_step(self.config, layout.position_ids)
+        position_embeddings = self.rotary_emb(layout.position_ids, hidden_states.dtype)
+        if layout.form == SEGMENTS and layout.write_position_ids is not None:
+            position_embeddings += self.rotary_emb(layout.write_position_ids, hidden_states.dtype)
+        states = []
         for index, layer in enumerate(self.layers):
             hidden_states, state = layer(
                 hidden_states,
                 layout=layout,
                 position_embeddings=position_embeddings,
-                state=past_key_values.layers[index].state if past_key_values is not None else None,
-                keep_state=past_key_values is not None,
+                state=None if cache is None else cache.layers[index].state,
+                keep_state=cache is not None,
                 output_attentions=output_attentions,
             )
             states.append(state)
-        if past_key_values is not None:
-            past_key_values.commit(states, list(layout.ends), num_columns)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return self.norm(hidden_states), states
+
+    @torch.compiler.disable
+    def _conclude(self, states: list[LayerState], layout: CallLayout, cache: RMTCache) -> None:
+        """Hands the states over, after moving on the rows that a step has brought to the end of their segment."""
+        segment = self.config.segment_length
+        due = layout.due_rows(segment)
+        if due is not None:
+            rotary, begun = self.rotary_emb(layout.write_position_ids, states[0].keys.dtype), layout.begun(segment)
+            attentions = [cast(RMTDecoderLayer, layer).self_attn for layer in self.layers]
+            pairs = zip(attentions, states, strict=True)
+            states = [attention.turn(state, due, begun, rotary) for attention, state in pairs]
+        cache.commit(states, layout)
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Embeddings of checked inputs, (B, T, E)."""
@@ -204,140 +301,15 @@ class RMTModel(RMTPreTrainedModel):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"Exactly one of input_ids and inputs_embeds is wanted, got {got}: give one of them.")
         if inputs_embeds is not None:
-            _check_axes("inputs_embeds", inputs_embeds, ("batch", "columns", "hidden_size"))
+            check_axes("inputs_embeds", inputs_embeds, ("batch", "columns", "hidden_size"))
             if inputs_embeds.shape[2] != self.config.hidden_size:
                 raise ValueError(
                     f"inputs_embeds must be hidden_size ({self.config.hidden_size}) wide, got {inputs_embeds.shape[2]}."
                 )
             return inputs_embeds
         ids = cast(torch.Tensor, input_ids)
-        _check_axes("input_ids", ids, ("batch", "columns"))
-        if not torch.compiler.is_compiling() and not ids.is_meta:
-            lowest, highest = int(ids.min()), int(ids.max())
-            if lowest < 0 or highest >= self.embed_tokens.num_embeddings:
-                raise ValueError(
-                    f"input_ids must lie in 0 .. {self.embed_tokens.num_embeddings - 1}, got {lowest} .. {highest}: is "
-                    "the tokenizer the model's own? If tokens were added, call "
-                    "model.resize_token_embeddings(len(tokenizer))."
-                )
+        check_ids(ids, self.embed_tokens.num_embeddings)
         return self.embed_tokens(ids)
-
-
-def _check_axes(name: str, given: torch.Tensor, axes: tuple[str, ...]) -> None:
-    """Refuses inputs with other axes than these, or with nothing in them."""
-    if given.dim() != len(axes) or 0 in given.shape:
-        raise ValueError(
-            f"{name} must have {len(axes)} axes, ({', '.join(axes)}), none of them empty; got shape "
-            f"{tuple(given.shape)}. (`generate` with past_key_values wants all columns since the state began, not only "
-            "the new ones.)"
-        )
-
-
-def _refuse_reentrant_checkpoints(layers: nn.ModuleList) -> None:
-    """Refuses the kind of checkpoint that cuts the gradient through the state without a word."""
-    functions = [layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing]
-    if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
-        raise ValueError(
-            "Gradient checkpointing with use_reentrant=True cuts the gradient through past_key_values: enable it with "
-            "use_reentrant=False, or pass no past_key_values."
-        )
-
-
-def _check_cache_type(cache: object) -> None:
-    """Refuses caches of other models; by what it has, as the class from a Hub folder is not that of the package."""
-    if not hasattr(cache, "fingerprint"):
-        raise TypeError(
-            f"past_key_values must be an RMTCache, got {type(cache).__name__}: pass RMTCache(model.config), or "
-            "use_cache=True and the state that the first call returns. (Prefix tuning brings its own: it cannot work.)"
-        )
-
-
-def _stream_starts(cache: RMTCache | None, config: RMTConfig, batch_size: int) -> list[int]:
-    """Stream position of each row, after checking that the state is one of this model and this batch."""
-    if cache is None:
-        return [0] * batch_size
-    _check_cache_type(cache)
-    ours = state_fingerprint(config)
-    different = [
-        f"{name} {cache.fingerprint[name]} instead of {ours[name]}"
-        for name in ours
-        if cache.fingerprint[name] != ours[name]
-    ]
-    if different:
-        raise ValueError(
-            f"past_key_values must be a state of this configuration, got one with {', '.join(different)}: begin a new "
-            "one with RMTCache(model.config), or use the model that wrote it."
-        )
-    if cache.positions and len(cache.positions) != batch_size:
-        raise ValueError(
-            f"past_key_values holds {len(cache.positions)} streams, the input has {batch_size} rows: give one row per "
-            "stream, or use the state's batch_select_indices or batch_repeat_interleave."
-        )
-    return cache.positions or [0] * batch_size
-
-
-def _real_columns(
-    attention_mask: torch.Tensor | None, cache: RMTCache | None, batch_size: int, num_columns: int
-) -> torch.Tensor | None:
-    """(B, T) bool of this call's columns, None if no column is padding."""
-    if attention_mask is None:
-        return None
-    past = cache.num_columns if cache is not None else 0
-    shapes = {(batch_size, num_columns), (batch_size, past + num_columns)}
-    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) not in shapes:
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
-        raise ValueError(
-            f"attention_mask must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}, 1 at real tokens and 0 "
-            f"at padding; got {got}."
-        )
-    is_real = attention_mask[:, -num_columns:] != 0
-    return None if is_real.all() else is_real
-
-
-def _clear_padding(inputs_embeds: torch.Tensor, is_real: torch.Tensor | None, check: bool) -> torch.Tensor:
-    """Embeddings (B, T, E) with zeros at padding, which need not even be finite; the rest must be, if `check`."""
-    if is_real is not None:
-        inputs_embeds = inputs_embeds.masked_fill(~is_real[..., None], 0)
-    check = check and not torch.compiler.is_compiling() and not inputs_embeds.is_meta
-    if check and not inputs_embeds.isfinite().all():
-        raise ValueError("inputs_embeds must be finite, got NaN or infinity: check what produced them.")
-    return inputs_embeds
-
-
-def _check_position_ids(position_ids: torch.Tensor | None, layout: CallLayout, columns: int) -> None:
-    """Refuses stream positions that are not those the state is at."""
-    if position_ids is None:
-        return
-    shapes = {(1, columns), (len(layout.starts), columns)}
-    if tuple(position_ids.shape) not in shapes:
-        raise ValueError(
-            f"position_ids must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}, got "
-            f"{tuple(position_ids.shape)}: leave position_ids out, the state counts real tokens itself."
-        )
-    if layout.is_real is None:
-        expected = layout.per_row(layout.starts)[:, None] + torch.arange(columns, device=position_ids.device)
-        wrong = position_ids != expected
-    else:
-        expected = layout.per_row(layout.starts)[:, None] + layout.is_real.cumsum(1) - 1
-        wrong = (position_ids != expected) & layout.is_real
-    if wrong.any():
-        row, column = wrong.nonzero()[0].tolist()
-        got = position_ids.expand_as(expected)[row, column]
-        raise ValueError(
-            f"position_ids contradict the state: row {row}, column {column} is at {expected[row, column]} of its "
-            f"stream, got {got}. Leave position_ids out: the state counts real tokens itself. "
-            "(`generate` makes them from attention_mask: give it one, or every padding id counts as padding.) "
-            "Several documents packed into one row are not supported: give each its own row."
-        )
-
-
-def _check_labels(labels: torch.Tensor | None, inputs: torch.Tensor | None) -> None:
-    """Refuses labels of another shape before the call changes the state, and not after it."""
-    if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
-        raise ValueError(
-            f"labels must have the shape of the input, {tuple(inputs.shape[:2])}, got {tuple(labels.shape)}: give one "
-            "label for each column of the call, not shifted, -100 where none is wanted."
-        )
 
 
 class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
@@ -373,7 +345,7 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
         Returns:
             `logits` (B, T, V), `loss`, `past_key_values`, and what `output_hidden_states`, `output_attentions` ask for.
         """
-        _check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
+        check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -408,8 +380,27 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
         if given is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = RMTCache(self.config)
         elif given is not None:
-            _check_cache_type(given)
+            check_cache_type(given)
             given._is_user_defined = True
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As every model, but without `position_ids`: the state counts, and may have read more than the prompt."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        inputs.pop("position_ids", None)
+        return inputs
+
+    def _prefill(  # type: ignore[override]
+        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        """Lets `generate` go on from a state with the new tokens alone, as one that was loaded or memorized needs it.
+
+        As with every cache, ids longer than what the state has read are all columns from the beginning.
+        """
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        if cache is not None and masked == input_ids.shape[1] <= cache.get_seq_length():
+            cache.begin_prompt()
+        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)  # type: ignore[misc]
 
 
 class RMTForSequenceClassification(GenericForSequenceClassification, RMTPreTrainedModel):

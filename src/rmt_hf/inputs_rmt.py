@@ -1,0 +1,129 @@
+"""What is refused before a call changes anything, in words that say what to do; and what is made of masks and padding.
+
+Shapes: B rows, T columns of a call, E hidden size.
+"""
+
+import torch
+from torch import nn
+
+from .cache_rmt import RMTCache, check_fingerprint, state_fingerprint
+from .configuration_rmt import RMTConfig
+from .layout_rmt import CallLayout
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Refuses token ids that have no embedding."""
+    check_axes("input_ids", input_ids, ("batch", "columns"))
+    if input_ids.is_meta:
+        return
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"input_ids must lie in 0 .. {vocab_size - 1}, got {lowest} .. {highest}: is it the model's own tokenizer? "
+            "If tokens were added, call model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
+def check_axes(name: str, given: torch.Tensor, axes: tuple[str, ...]) -> None:
+    """Refuses inputs with other axes than these, or with nothing in them."""
+    if given.dim() != len(axes) or 0 in given.shape:
+        raise ValueError(
+            f"{name} must have {len(axes)} axes, ({', '.join(axes)}), none of them empty; got shape "
+            f"{tuple(given.shape)}. (`generate` with past_key_values wants all columns since the state began, not only "
+            "the new ones.)"
+        )
+
+
+def refuse_reentrant_checkpoints(layers: nn.ModuleList) -> None:
+    """Refuses the kind of checkpoint that cuts the gradient through the state without a word."""
+    functions = [layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing]
+    if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
+        raise ValueError(
+            "Gradient checkpointing with use_reentrant=True cuts the gradient through past_key_values: enable it with "
+            "use_reentrant=False, or pass no past_key_values."
+        )
+
+
+def check_cache_type(cache: object) -> None:
+    """Refuses caches of other models; by what it has, as the class from a Hub folder is not that of the package."""
+    if not hasattr(cache, "fingerprint"):
+        raise TypeError(
+            f"past_key_values must be an RMTCache, got {type(cache).__name__}: pass RMTCache(model.config), or "
+            "use_cache=True and the state that the first call returns. (Prefix tuning brings its own: it cannot work.)"
+        )
+
+
+def stream_starts(cache: RMTCache | None, config: RMTConfig, batch_size: int) -> list[int]:
+    """Stream position of each row, after checking that the state is one of this model and this batch."""
+    if cache is None:
+        return [0] * batch_size
+    check_fingerprint(cache.fingerprint, state_fingerprint(config))
+    if cache.positions and len(cache.positions) != batch_size:
+        raise ValueError(
+            f"past_key_values holds {len(cache.positions)} streams, the input has {batch_size} rows: give one row per "
+            "stream, or use the state's batch_select_indices or batch_repeat_interleave."
+        )
+    return cache.positions or [0] * batch_size
+
+
+def real_columns(
+    attention_mask: torch.Tensor | None, cache: RMTCache | None, batch_size: int, num_columns: int
+) -> torch.Tensor | None:
+    """(B, T) bool of this call's columns, None if no column is padding."""
+    if attention_mask is None:
+        return None
+    past = cache.num_columns if cache is not None else 0
+    shapes = {(batch_size, num_columns), (batch_size, past + num_columns)}
+    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) not in shapes:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"attention_mask must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}, 1 at real tokens and 0 "
+            f"at padding; got {got}."
+        )
+    is_real = attention_mask[:, -num_columns:] != 0
+    return None if is_real.all() else is_real
+
+
+def clear_padding(inputs_embeds: torch.Tensor, is_real: torch.Tensor | None, check: bool) -> torch.Tensor:
+    """Embeddings (B, T, E) with zeros at padding, which need not even be finite; the rest must be, if `check`."""
+    if is_real is not None:
+        inputs_embeds = inputs_embeds.masked_fill(~is_real[..., None], 0)
+    if check and not inputs_embeds.is_meta and not inputs_embeds.isfinite().all():
+        raise ValueError("inputs_embeds must be finite, got NaN or infinity: check what produced them.")
+    return inputs_embeds
+
+
+def check_position_ids(position_ids: torch.Tensor | None, layout: CallLayout, columns: int) -> None:
+    """Refuses stream positions that are not those the state is at."""
+    if position_ids is None:
+        return
+    shapes = {(1, columns), (len(layout.starts), columns)}
+    if tuple(position_ids.shape) not in shapes:
+        raise ValueError(
+            f"position_ids must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}, got "
+            f"{tuple(position_ids.shape)}: leave position_ids out, the state counts real tokens itself."
+        )
+    if layout.is_real is None:
+        expected = layout.per_row(layout.starts)[:, None] + torch.arange(columns, device=position_ids.device)
+        wrong = position_ids != expected
+    else:
+        expected = layout.per_row(layout.starts)[:, None] + layout.is_real.cumsum(1) - 1
+        wrong = (position_ids != expected) & layout.is_real
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        got = position_ids.expand_as(expected)[row, column]
+        raise ValueError(
+            f"position_ids contradict the state: row {row}, column {column} is at {expected[row, column]} of its "
+            f"stream, got {got}. Leave position_ids out: the state counts real tokens itself. "
+            "(`generate` makes them from attention_mask: give it one, or every padding id counts as padding.) "
+            "Several documents packed into one row are not supported: give each its own row."
+        )
+
+
+def check_labels(labels: torch.Tensor | None, inputs: torch.Tensor | None) -> None:
+    """Refuses labels of another shape before the call changes the state, and not after it."""
+    if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"labels must have the shape of the input, {tuple(inputs.shape[:2])}, got {tuple(labels.shape)}: give one "
+            "label for each column of the call, not shifted, -100 where none is wanted."
+        )

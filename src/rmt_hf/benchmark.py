@@ -26,6 +26,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line; the defaults are what docs/results/benchmark.json was made with."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("reports/benchmark"))
+    add_size_arguments(parser)
+    parser.add_argument("--train-lengths", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--forward-lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--decode-positions", type=int, nargs="+", default=[2000, 100000])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args(arguments)
+
+
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what `build_models` wants to know."""
     parser.add_argument("--hidden-size", type=int, default=320)
     parser.add_argument("--intermediate-size", type=int, default=768)
     parser.add_argument("--num-hidden-layers", type=int, default=8)
@@ -33,12 +44,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--segment-length", type=int, default=RMTConfig.segment_length)
     parser.add_argument("--num-memory-slots", type=int, default=RMTConfig.num_memory_slots)
-    parser.add_argument("--train-lengths", type=int, nargs="+", default=[512, 2048, 8192])
-    parser.add_argument("--forward-lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536])
-    parser.add_argument("--decode-positions", type=int, nargs="+", default=[2000, 100000])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    return parser.parse_args(arguments)
 
 
 def build_models(args: argparse.Namespace) -> dict[str, Any]:

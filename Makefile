@@ -23,6 +23,7 @@ lint: $(READY) $(MLINTER_RULES)
 
 bench: $(READY)
 	$(BIN)/python -m rmt_hf.benchmark
+	$(BIN)/python -m rmt_hf.decoding_benchmark
 
 clean: # back to a fresh clone: also deletes what demo wrote to reports/
 	rm -rf .venv reports build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -383,9 +383,12 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
             check_cache_type(given)
             given._is_user_defined = True
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: torch.Tensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
         """As every model, but without `position_ids`: the state counts, and may have read more than the prompt."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        kwargs["inputs_embeds"] = inputs_embeds  # named above, because `generate` looks for the name
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         inputs.pop("position_ids", None)
         return inputs
 

@@ -384,7 +384,7 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
             given._is_user_defined = True
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: torch.Tensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+        self, input_ids: torch.LongTensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As every model, but without `position_ids`: the state counts, and may have read more than the prompt."""
         kwargs["inputs_embeds"] = inputs_embeds  # named above, because `generate` looks for the name

@@ -383,7 +383,7 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
             check_cache_type(given)
             given._is_user_defined = True
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """As every model, but without `position_ids`: the state counts, and may have read more than the prompt."""

@@ -72,6 +72,7 @@ class RMTCache(Cache):
         self.num_columns = 0
         self.num_croppable_columns = 0
         self.recent_is_real: torch.Tensor | None = None  # (B, S) bool of the last S columns, for `crop`
+        self.num_columns_to_skip = 0  # of the prompt that assisted generation gives next: they have been read
         self._free = [True]  # taken out while a call runs
 
     @property

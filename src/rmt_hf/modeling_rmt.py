@@ -6,7 +6,7 @@ Shapes: B rows, T columns of a call, E hidden size, V vocabulary. The walk of on
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -372,6 +372,11 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
     ) -> None:
         """Gives `generate` an RMTCache where it would make a cache that grows."""
         given = model_kwargs.get("past_key_values")
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                "assistant_early_exit does not apply to this model, whose state has every layer: give a smaller "
+                "assistant_model, or prompt_lookup_num_tokens."
+            )
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} does not apply to this model, whose "
@@ -388,9 +393,30 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """As every model, but without `position_ids`: the state counts, and may have read more than the prompt."""
         kwargs["inputs_embeds"] = inputs_embeds  # named above, because `generate` looks for the name
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.num_columns_to_skip:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.num_columns_to_skip
+            cache.num_columns_to_skip = 0
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         inputs.pop("position_ids", None)
         return inputs
+
+    def _assisted_decoding(self, input_ids: torch.LongTensor, *args: Any, **model_kwargs: Any) -> Any:
+        """Lets assisted generation go on from a state as well; the inherited one gives it the whole prompt again."""
+        cache = model_kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        if past >= input_ids.shape[1]:
+            cast(RMTCache, cache).begin_prompt()
+        elif past:
+            cast(RMTCache, cache).num_columns_to_skip = past
+        return super()._assisted_decoding(input_ids, *args, **model_kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses what pages keys and values of any number of tokens, of which a state of constant size has none."""
+        raise ValueError(
+            "This model does not support continuous batching (generate_batch): call generate with a left-padded batch, "
+            "or keep a state for each stream and put batches together with RMTCache.stack and split."
+        )
 
     def _prefill(  # type: ignore[override]
         self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs: Any

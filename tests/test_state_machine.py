@@ -89,12 +89,8 @@ def assert_state(form: str, cache: RMTCache, rows: list[Row]) -> None:
         for index, theirs in enumerate(stream.layers):
             ours = cache.layers[index].state
             got = [ours.keys[row, :, live].transpose(0, 1), ours.values[row, :, live].transpose(0, 1)]
-            got.append(ours.scores[row, live])
-            lists = [kept[start:] for kept in (theirs.rotated_keys, theirs.values, theirs.scores)]
-            want = [
-                torch.stack(kept) if kept else torch.zeros_like(mine) for kept, mine in zip(lists, got, strict=True)
-            ]
-            got += [tensor[row] for tensor in ours.memory]
+            got += [ours.scores[row, live], *(tensor[row] for tensor in ours.memory)]
+            want = [*theirs.rotated_keys[start:], *theirs.values[start:], *theirs.scores[start:]]
             want += stream.memory(index)
             flat = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (got, want))
             torch.testing.assert_close(*flat, **CLOSE)
@@ -106,12 +102,12 @@ VERBS = st.sampled_from(["reorder_cache", "reorder_cache", "batch_select_indices
 WHOLE, KINDS = ["whole"] * MOST_ROWS, st.sampled_from(["whole", "nothing", "holes", "left"])
 RAGGED = st.lists(KINDS, min_size=MOST_ROWS, max_size=MOST_ROWS)
 PADDINGS = st.just(WHOLE) | RAGGED
-BEGINNING = {"num_rows": st.sampled_from([1, 2, 2, 3, 3]), "num_columns": st.sampled_from([1, S, 3 * S + 2, 6 * S - 1])}
+BEGINNING = {"num_rows": st.sampled_from([1, 2, 2, 3, 3]), "num_columns": st.sampled_from([1, S, 14, 23])}
 BEGINNING |= {"paddings": PADDINGS, "seed": SEEDS}
 
 
 class StateMachine(RuleBasedStateMachine):
-    """A state, what its rows have read, and another state that was one with it and reads other tokens meanwhile."""
+    """A state, what its rows have read, and other states that were one with it and read other tokens meanwhile."""
 
     form = ""
 

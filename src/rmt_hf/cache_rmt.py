@@ -174,7 +174,7 @@ class RMTCache(Cache):
                 f"RMTCache.crop({-columns}): {self.num_croppable_columns} columns can be taken back now, and never "
                 f"more than segment_length ({self.fingerprint['segment_length']}). Keep a `clone()` of the state from "
                 "before the tokens that you may want to take back and go on from there; in assisted generation, draft "
-                "fewer tokens at a time (num_assistant_tokens)."
+                "fewer tokens at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
             )
         if not columns:
             return

@@ -148,7 +148,6 @@ def main(arguments: list[str] | None = None) -> dict:
     results: dict = {"milliseconds": {str(rows): {} for rows in args.batch_sizes}}
     cells = [(rows, context) for rows in args.batch_sizes for context in args.contexts]
     for rows, context in tqdm(cells, desc="Decoding"):
-        torch._dynamo.reset()  # each shape of Llama's static cache would count as a recompilation
         steps = contenders(models, args, context, rows)
         results["milliseconds"][str(rows)][str(context)] = milliseconds(steps, args)
     results["ratios"] = ratios(results, args)

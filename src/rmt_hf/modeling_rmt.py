@@ -6,13 +6,13 @@ Shapes: B rows, T columns of a call, E hidden size, V vocabulary. The walk of on
 
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_rmt import RMTAttention, RMTFusionGate, RMTRMSNorm, RMTRotaryEmbedding, rotary_turns
 from .cache_rmt import RMTCache
 from .configuration_rmt import RMTConfig
+from .generation_rmt import RMTGeneration
 from .inputs_rmt import (
     check_axes,
     check_cache_type,
@@ -312,7 +313,7 @@ class RMTModel(RMTPreTrainedModel):
         return self.embed_tokens(ids)
 
 
-class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
+class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # type: ignore[misc]  # hooks take less
     """The language model: decoder and vocabulary projection."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -366,70 +367,6 @@ class RMTForCausalLM(RMTPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    def _prepare_cache_for_generation(  # type: ignore[override]
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Gives `generate` an RMTCache where it would make a cache that grows."""
-        given = model_kwargs.get("past_key_values")
-        if generation_config.assistant_early_exit is not None:
-            raise ValueError(
-                "assistant_early_exit does not apply to this model, whose state has every layer: give a smaller "
-                "assistant_model, or prompt_lookup_num_tokens."
-            )
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} does not apply to this model, whose "
-                "state is of constant size anyway: leave it out."
-            )
-        if given is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = RMTCache(self.config)
-        elif given is not None:
-            check_cache_type(given)
-            given._is_user_defined = True
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, *args: Any, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As every model, but without `position_ids`: the state counts, and may have read more than the prompt."""
-        kwargs["inputs_embeds"] = inputs_embeds  # named above, because `generate` looks for the name
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.num_columns_to_skip:
-            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.num_columns_to_skip
-            cache.num_columns_to_skip = 0
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
-        inputs.pop("position_ids", None)
-        return inputs
-
-    def _assisted_decoding(self, input_ids: torch.LongTensor, *args: Any, **model_kwargs: Any) -> Any:
-        """Lets assisted generation go on from a state as well; the inherited one gives it the whole prompt again."""
-        cache = model_kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
-        if past >= input_ids.shape[1]:
-            cast(RMTCache, cache).begin_prompt()
-        elif past:
-            cast(RMTCache, cache).num_columns_to_skip = past
-        return super()._assisted_decoding(input_ids, *args, **model_kwargs)  # type: ignore[misc]
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuses what pages keys and values of any number of tokens, of which a state of constant size has none."""
-        raise ValueError(
-            "This model does not support continuous batching (generate_batch): call generate with a left-padded batch, "
-            "or keep a state for each stream and put batches together with RMTCache.stack and split."
-        )
-
-    def _prefill(  # type: ignore[override]
-        self, input_ids: torch.LongTensor, generation_config: GenerationConfig, model_kwargs: dict, **kwargs: Any
-    ) -> CausalLMOutputWithPast:
-        """Lets `generate` go on from a state with the new tokens alone, as one that was loaded or memorized needs it.
-
-        As with every cache, ids longer than what the state has read are all columns from the beginning.
-        """
-        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        masked = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
-        if cache is not None and masked == input_ids.shape[1] <= cache.get_seq_length():
-            cache.begin_prompt()
-        return super()._prefill(input_ids, generation_config, model_kwargs, **kwargs)  # type: ignore[misc]
 
 
 class RMTForSequenceClassification(GenericForSequenceClassification, RMTPreTrainedModel):

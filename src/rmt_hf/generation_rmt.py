@@ -46,9 +46,10 @@ class RMTGeneration:
         """As every model, but without `position_ids`: the state counts, and may have read more than the prompt."""
         kwargs["inputs_embeds"] = inputs_embeds  # named above, because `generate` looks for the name
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache.num_columns_to_skip:
-            kwargs["next_sequence_length"] = input_ids.shape[1] - cache.num_columns_to_skip
-            cache.num_columns_to_skip = 0
+        skip = getattr(cache, "num_columns_to_skip", 0)  # other caches are refused later, and in better words
+        if skip:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - skip
+            cast(RMTCache, cache).num_columns_to_skip = 0
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)  # type: ignore[misc]
         inputs.pop("position_ids", None)
         return inputs

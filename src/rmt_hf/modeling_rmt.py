@@ -290,7 +290,7 @@ class RMTModel(RMTPreTrainedModel):
         segment = self.config.segment_length
         due = layout.due_rows(segment)
         if due is not None:
-            rotary, begun = self.rotary_emb(layout.write_position_ids, states[0].keys.dtype), layout.begun(segment)
+            rotary, begun = self.rotary_emb(layout.write_position_ids, self.dtype), layout.begun(segment)
             attentions = [cast(RMTDecoderLayer, layer).self_attn for layer in self.layers]
             pairs = zip(attentions, states, strict=True)
             states = [attention.turn(state, due, begun, rotary) for attention, state in pairs]

@@ -1,10 +1,15 @@
-"""What must be set before any test imports transformers: nothing is downloaded, and no fork is warned about."""
+"""What must be set before any test imports torch or transformers.
+
+Nothing is downloaded, no fork is warned about, and torch has one thread: models here are tiny, and two threads beside
+anything else that runs wait for each other far longer than they compute.
+"""
 
 import os
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from hypothesis import settings
 

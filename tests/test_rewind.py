@@ -6,21 +6,11 @@ import pytest
 import torch
 
 from rmt_hf import RMTCache
-from test_cache_rmt import CLOSE, FORMS, LENGTH, C, S, assert_same_row, every_form, prompts
-from tiny import pad_left, read, tiny_ids, tiny_model
+from test_cache_rmt import CLOSE, LENGTH, C, S, assert_same_row, every_form, models, prompts  # noqa: F401  # a fixture
+from tiny import pad_left, read, tiny_ids
 
 
 MORE = 5 * S + 3  # tokens read after the rewind: every segment of the window and both memories are new then
-
-
-@pytest.fixture(scope="module")
-def models() -> dict:
-    """A model of each form, whose gates keep exactly, replace exactly, and mix."""
-    models = {name: tiny_model(**fields) for name, fields in FORMS.items()}
-    for name, parameter in (pair for model in models.values() for pair in model.named_parameters()):
-        if name.endswith("gate_weight"):
-            parameter.data *= 3
-    return models
 
 
 def assert_same_memory(cache: RMTCache, row: int, expected: RMTCache) -> None:
@@ -41,7 +31,7 @@ def assert_same_memory(cache: RMTCache, row: int, expected: RMTCache) -> None:
 @every_form
 @pytest.mark.parametrize("with_gradients", [False, True])
 @pytest.mark.parametrize("columns", [1, 3, C, S - 1, S])
-def test_the_tokens_were_never_there(models, form, columns, with_gradients):
+def test_the_tokens_were_never_there(models, form, columns, with_gradients):  # noqa: F811
     model = models[form]
     for before in (S, 2 * S, 3 * S + 5, 5 * S + 1, LENGTH):
         ids, more = tiny_ids(2, before), tiny_ids(2, MORE, seed=7)
@@ -62,7 +52,7 @@ def test_the_tokens_were_never_there(models, form, columns, with_gradients):
 
 @every_form
 @pytest.mark.parametrize("columns", [2, S])
-def test_the_gradient_is_that_of_a_stream_that_never_had_them(models, form, columns):
+def test_the_gradient_is_that_of_a_stream_that_never_had_them(models, form, columns):  # noqa: F811
     model = models[form]
     embeds = model.get_input_embeddings()(tiny_ids(2, 4 * S + 1)).detach().requires_grad_()
 
@@ -80,7 +70,7 @@ def test_the_gradient_is_that_of_a_stream_that_never_had_them(models, form, colu
 
 @every_form
 @pytest.mark.parametrize("columns", [1, 3, C, S - 1, S])
-def test_ragged_rows_and_padding_among_what_is_taken_back(models, form, columns):
+def test_ragged_rows_and_padding_among_what_is_taken_back(models, form, columns):  # noqa: F811
     """Left-padded prompts, then columns of which every row pads others: each row takes back its own tokens only."""
     model, batch = models[form], pad_left(prompts())
     rows = len(prompts())
@@ -104,7 +94,7 @@ def test_ragged_rows_and_padding_among_what_is_taken_back(models, form, columns)
 
 
 @every_form
-def test_again_and_again(models, form):
+def test_again_and_again(models, form):  # noqa: F811
     """As assisted generation does it: a few tokens forward, some of them back."""
     model, ids = models[form], tiny_ids(1, 4 * S)
     with torch.no_grad():
@@ -126,7 +116,7 @@ def test_again_and_again(models, form):
     torch.testing.assert_close(logits, wanted, **CLOSE)
 
 
-def test_a_segment_and_no_more(models):
+def test_a_segment_and_no_more(models):  # noqa: F811
     model, ids = models["gated select"], tiny_ids(2, 5 * S + 3)
     with torch.no_grad():
         _, cache = read(model, ids)
@@ -156,7 +146,7 @@ def test_a_segment_and_no_more(models):
         cache.crop(-1)
 
 
-def test_what_a_row_forgot_stays_forgotten(models):
+def test_what_a_row_forgot_stays_forgotten(models):  # noqa: F811
     model, ids, more = models["gated select"], tiny_ids(2, 3 * S), tiny_ids(2, S - 1, seed=4)
     with torch.no_grad():
         _, cache = read(model, ids)
@@ -168,7 +158,7 @@ def test_what_a_row_forgot_stays_forgotten(models):
         torch.testing.assert_close(logits[:1], read(model, more[:1])[0], **CLOSE)
 
 
-def test_all_of_a_short_stream(models):
+def test_all_of_a_short_stream(models):  # noqa: F811
     model, ids = models["gated select"], tiny_ids(2, S)
     with torch.no_grad():
         _, cache = read(model, ids, (3,))

@@ -170,6 +170,16 @@ def test_one_prompt_may_be_continued_in_two_ways() -> None:
     assert torch.equal(model.generate(ids, **GREEDY, max_new_tokens=2 * S), once)
 
 
+@torch.no_grad()
+def test_a_refused_draft_leaves_no_trace_in_the_state() -> None:
+    model, ids = tiny_model(), tiny_ids(2, 3 * S + 3)
+    cache = model(ids[:, :-2], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model.generate(ids, past_key_values=cache, **GREEDY, max_new_tokens=S, prompt_lookup_num_tokens=3)
+    answer = model.generate(ids[:, -2:], past_key_values=cache, **GREEDY, max_new_tokens=S)
+    assert torch.equal(answer[:, 2:], model.generate(ids, **GREEDY, max_new_tokens=S)[:, ids.shape[1] :])
+
+
 # Around the model
 
 

@@ -25,10 +25,9 @@ def state_tensors(cache: RMTCache) -> list[torch.Tensor]:
     Raises:
         ValueError: If it is empty: shapes are not known before the first call.
     """
-    states = [layer.state for layer in cache.layers if layer.state is not None]
-    if not states:
+    if not cache.is_initialized:
         raise ValueError("The state must have read something, got an empty one: read the prompt with the model first.")
-    return [tensor.clone() for state in states for tensor in state.tensors()]
+    return [tensor.clone() for tensor in cache.tensors()[:-1]]  # the last says which columns were padding
 
 
 def _layer_states(tensors: list[torch.Tensor], num_layers: int) -> list[LayerState]:

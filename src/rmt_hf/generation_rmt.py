@@ -62,7 +62,11 @@ class RMTGeneration:
             cast(RMTCache, cache).begin_prompt()
         elif past:
             cast(RMTCache, cache).num_columns_to_skip = past
-        return super()._assisted_decoding(input_ids, *args, **model_kwargs)  # type: ignore[misc]
+        try:
+            return super()._assisted_decoding(input_ids, *args, **model_kwargs)  # type: ignore[misc]
+        finally:
+            if past:
+                cast(RMTCache, cache).num_columns_to_skip = 0  # also if the call was refused before it read anything
 
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]

@@ -12,6 +12,8 @@ sentences are our own; neither bAbI nor BABILong is included. Five tasks:
 Shapes: B rows, T tokens of a row, N tokens of text. A home file: it does not travel with the weights.
 """
 
+import bisect
+import itertools
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -229,12 +231,12 @@ class Background(NamedTuple):
 
     Args:
         token_ids: (N,) int64.
-        ends: (M,) int64, rising: the number of tokens up to and with each of its M sentences.
+        ends: For each sentence the number of tokens up to its end; rising.
         tokenizer: What it was cut with.
     """
 
     token_ids: torch.Tensor
-    ends: torch.Tensor
+    ends: list[int]
     tokenizer: PreTrainedTokenizerBase
 
 
@@ -263,15 +265,16 @@ def read_background(text: str | Sequence[str], tokenizer: PreTrainedTokenizerBas
     if not sentences:
         raise ValueError(f"text must have at least one sentence, got {text!r}: give a book, or its sentences.")
     pieces = tokenizer(sentences, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    lengths = torch.tensor([len(piece) for piece in pieces])
-    return Background(torch.tensor([token for piece in pieces for token in piece]), lengths.cumsum(0), tokenizer)
+    token_ids = torch.tensor([token for piece in pieces for token in piece])
+    return Background(token_ids, list(itertools.accumulate(map(len, pieces))), tokenizer)
 
 
 def spread(story: Story, background: Background, length: int, distance: Distance, rng: random.Random) -> TaskBatch:
     """One row: a random piece of the text, the facts in order between its sentences, then question and answer.
 
-    The piece ends with a sentence, may begin within one, and is as long as the row has room for. Where a fact goes is
-    drawn among the ends of sentences, independently of the others but for their order.
+    The piece ends with a sentence, may begin within one, and is as long as the row has room for; it is the first that
+    has room for the facts at this distance, from a random sentence on. Where a fact goes is drawn among the ends of
+    sentences, independently of the others but for their order.
 
     Args:
         story: What to tell and to ask.
@@ -292,7 +295,7 @@ def spread(story: Story, background: Background, length: int, distance: Distance
     """
     tokenizer = background.tokenizer
     texts = [*(f" {fact}" for fact in story.facts), f"\nQuestion: {story.question}\nAnswer:", f" {story.answer}"]
-    *facts, question, answer = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    *facts, question, answer = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
     if not answer or tokenizer.unk_token_id in answer:
         raise ValueError(f"tokenizer must know the word {story.answer!r}, got {answer}: use one that knows all bytes.")
     told = sum(map(len, facts))
@@ -306,23 +309,27 @@ def spread(story: Story, background: Background, length: int, distance: Distance
         )
     # A place is a number of tokens of the piece; all of the facts may come behind the first of them.
     first, last = max(0, size + told - greatest), size - least
-    stops = background.ends[background.ends >= size]
-    lowest = torch.searchsorted(background.ends, stops - size + first)
-    highest = torch.searchsorted(background.ends, stops - size + last, right=True)
-    candidates = (highest > lowest).nonzero()
-    if not len(candidates):
+    ends = background.ends
+    begin = bisect.bisect_left(ends, size)
+    chosen = rng.randrange(begin, len(ends))
+    for index in itertools.chain(range(chosen, len(ends)), range(begin, chosen)):
+        start = ends[index] - size
+        room = ends[bisect.bisect_left(ends, start + first) : bisect.bisect_right(ends, start + last)]
+        if room:
+            break
+    else:
         raise ValueError(
             f"distance must leave room for {told} tokens of facts from the end of a sentence on, got {distance} with "
             f"length = {length}: give a wider range, a larger length or fewer facts."
         )
-    chosen = int(candidates[rng.randrange(len(candidates))])
-    stop = int(stops[chosen])
-    places = sorted(rng.choices(background.ends[lowest[chosen] : highest[chosen]].tolist(), k=len(facts)))
-    row: list[int] = []
-    for start, end, fact in zip([stop - size, *places], [*places, stop], [*facts, []], strict=True):
-        row += background.token_ids[start:end].tolist() + fact
-    labels = [IGNORED] * (length - len(answer)) + answer
-    return TaskBatch(torch.tensor([row + question + answer]), torch.tensor([labels]))
+    places = [start, *sorted(rng.choices(room, k=len(facts))), start + size]
+    pieces = []
+    for (begin, end), fact in zip(itertools.pairwise(places), [*facts, question + answer], strict=True):
+        pieces += [background.token_ids[begin:end], torch.tensor(fact)]
+    input_ids = torch.cat(pieces)[None]
+    labels = torch.full_like(input_ids, IGNORED)
+    labels[:, -len(answer) :] = input_ids[:, -len(answer) :]
+    return TaskBatch(input_ids, labels)
 
 
 def babi_batch(

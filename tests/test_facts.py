@@ -113,17 +113,18 @@ def solve(facts: list[str], question: str) -> str:
 def test_a_simulation_from_the_sentences_finds_every_answer(task, num_facts):
     rng, num_facts = random.Random(0), FEWEST[task] if num_facts == "fewest" else num_facts
     questions, forms, sentences = set(), set(), set()
-    for _ in range(600):
+    for _ in range(400):
         story = babi_story(task, num_facts, rng)
         assert len(story.facts) == num_facts
         assert story.answer == solve(story.facts, story.question)
         questions.add(story.question)
         sentences |= set(story.facts)
-        forms.add(" ".join(word for word in story.question.split() if word not in {*PERSONS, *OBJECTS, *PLACES}))
+        forms.add(" ".join(word for word in re.findall(r"\w+", story.question) if word not in PLACES))
     assert len(questions) >= len(PERSONS) and len(sentences) > 70  # of 132 in qa4, more elsewhere
     if task == "qa4":
-        assert len([form for form in forms if form.startswith("What is just")]) == 4
-        assert len([form for form in forms if form.startswith("What is the")]) > 12 // 3
+        assert forms == {f"What is just {side} of the" for side in STEPS} | {
+            f"What is the just {side} of" for side in STEPS
+        }
     if task == "qa5":
         assert {question.split()[0] for question in questions} == {"What", "Who", "To"}
 
@@ -131,11 +132,11 @@ def test_a_simulation_from_the_sentences_finds_every_answer(task, num_facts):
 @pytest.mark.parametrize("task", BABI_TASKS)
 def test_every_answer_comes_and_none_is_a_good_guess(task):
     rng = random.Random(1)
-    answers = Counter(babi_story(task, 8, rng).answer for _ in range(2000))
+    answers = Counter(babi_story(task, 8, rng).answer for _ in range(1200))
     expected = {*PERSONS, *OBJECTS} if task == "qa5" else set(PLACES)
     assert set(answers) == expected
     # Twelve answers (in qa5 two kinds of six, persons twice as often): the best guess is right about 1 time in 12 (9).
-    assert max(answers.values()) / 2000 < 1.4 / (9 if task == "qa5" else 12)
+    assert max(answers.values()) / 1200 < 1.4 / (9 if task == "qa5" else 12)
 
 
 def test_later_facts_count():
@@ -260,7 +261,7 @@ def test_exact_lengths_and_rows_without_text(background):
         assert row.shape == (1, length)
         assert (background.tokenizer.decode(row[0]) == text) == (length == shortest)
     for length in (shortest - 1, shortest + len(background.token_ids) + 1):
-        with pytest.raises(ValueError, match=rf"length must be from {shortest} .*, got length = {length}"):
+        with pytest.raises(ValueError, match=rf"length must be from {shortest} .*, got {length}"):
             spread(story, background, length, 0, random.Random(0))
 
 
@@ -279,8 +280,8 @@ def test_the_only_place_is_found(background):
     [
         (200, (1, 3), r"distance must leave room for \d+ tokens of facts .* got \(1, 3\) with length = 200"),
         (200, 190, "distance must leave room .* got 190"),
-        (200, (60, 40), r"distance from 0 up, got length = 200, distance = \(60, 40\)"),
-        (200, -1, "distance from 0 up, .* distance = -1"),
+        (200, (60, 40), r"distance must be tokens.* from 0 up, got \(60, 40\)"),
+        (200, -1, "distance must be tokens.* from 0 up, got -1"),
     ],
 )
 def test_no_room_at_that_distance(background, length, distance, message):

@@ -188,9 +188,9 @@ def babi_story(task: str, num_facts: int, rng: random.Random) -> Story:
     while True:  # until something has happened that can be asked about: a few tries
         world, facts = World(), []
         for _ in range(num_facts):
-            ways = {action: possible for action in plot.actions if (possible := world.possible(action))}
-            action = rng.choice(list(ways))
-            words = rng.choice(ways[action])
+            in_turn = rng.sample(plot.actions, len(plot.actions))
+            action, ways = next((action, ways) for action in in_turn if (ways := world.possible(action)))
+            words = rng.choice(ways)
             world.happen(action, *words)
             facts.append(rng.choice(ACTIONS[action]).format(*words))
         asked = plot.ask(world, rng)
@@ -296,16 +296,20 @@ def spread(story: Story, background: Background, length: int, distance: Distance
     tokenizer = background.tokenizer
     texts = [*(f" {fact}" for fact in story.facts), f"\nQuestion: {story.question}\nAnswer:", f" {story.answer}"]
     *facts, question, answer = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
-    if not answer or tokenizer.unk_token_id in answer:
+    if story.answer not in tokenizer.decode(answer):
         raise ValueError(f"tokenizer must know the word {story.answer!r}, got {answer}: use one that knows all bytes.")
     told = sum(map(len, facts))
     size = length - told - len(question) - len(answer)
     num_tokens = len(background.token_ids)
-    least, greatest = (distance, told + max(size, 0)) if isinstance(distance, int) else distance
-    if size < 0 or num_tokens < size or not 0 <= least <= greatest:
+    if not 0 <= size <= num_tokens:
         raise ValueError(
-            f"length must be from {length - size} (this story) to {length - size + num_tokens} (with all of the text) "
-            f"and distance from 0 up, got length = {length}, distance = {distance}: give more text or fewer facts."
+            f"length must be from {length - size} (this story) to {length - size + num_tokens} (with all of the text), "
+            f"got {length}: give fewer facts or more text."
+        )
+    least, greatest = (distance, distance + length) if isinstance(distance, int) else distance
+    if not 0 <= least <= greatest:
+        raise ValueError(
+            f"distance must be tokens, or (least, greatest), from 0 up, got {distance}: give the smaller one first."
         )
     # A place is a number of tokens of the piece; all of the facts may come behind the first of them.
     first, last = max(0, size + told - greatest), size - least

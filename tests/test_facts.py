@@ -139,6 +139,15 @@ def test_every_answer_comes_and_none_is_a_good_guess(task):
     assert max(answers.values()) / 1200 < 1.4 / (9 if task == "qa5" else 12)
 
 
+def test_maps_are_told_in_no_order():
+    """Told in the order in which it is drawn, every map would begin with two facts about one place."""
+    rng, apart = random.Random(0), 0
+    for _ in range(100):
+        first, second = (set(re.fullmatch(SIDE, fact).group(1, 3)) for fact in babi_story("qa4", 6, rng).facts[:2])
+        apart += not first & second
+    assert 20 < apart < 90
+
+
 def test_later_facts_count():
     """Stories in which the first mention would be the wrong answer are common: no shortcut by the first fact."""
     rng, changed = random.Random(2), Counter()
@@ -266,8 +275,8 @@ def test_exact_lengths_and_rows_without_text(background):
 
 
 def test_the_only_place_is_found(background):
-    """One sentence in a hundred is short enough to be followed by a fact: every start leads to such a piece."""
-    sentences = [" " + "long " * 60 + "one."] * 99 + [" Short one."]
+    """One sentence is short enough for a fact before it: every start, also one behind it, leads to that piece."""
+    sentences = [" " + "long " * 60 + "one."] * 4 + [" Short one."]
     book = read_background(sentences + [" " + "long " * 60 + "end."] * 3, background.tokenizer)
     story = Story(["Nadia went to the attic."], "Where is Nadia?", "attic")
     for seed in range(20):

@@ -100,9 +100,10 @@ def test_needle_tells_as_many_facts_as_asked_and_asks_any():
     assert set(batch.input_ids[:, -3].tolist()) == set(range(7, 13))
 
 
-def test_every_key_is_overwritten_and_every_place_is_used():
+@pytest.mark.parametrize(("length", "distance"), [(96, 30), (96, 31), (95, 31)])
+def test_every_key_is_overwritten_and_every_place_is_used(length, distance):
     options = {"num_facts": 3, "num_assignments": 4, "num_keys": 5}  # values 0 .. 15, keys 16 .. 20
-    batch, used, after = overwriting(300, LENGTH, 30, generator=seeded(), **options), set(), 0
+    batch, used, after = overwriting(300, length, distance, generator=seeded(), **options), set(), 0
     for row in batch.input_ids.tolist():
         columns = [column for column, token in enumerate(row[:-3]) if 16 <= token <= 20]
         assert sorted(Counter(row[column] for column in columns).values()) == [4, 4, 4]
@@ -110,8 +111,8 @@ def test_every_key_is_overwritten_and_every_place_is_used():
         used.update(columns)
         asked = [column for column in columns if row[column] == row[-2]]
         after += max(columns) > max(asked)
-        assert max(asked) == LENGTH - 3 - 30 - 2
-    assert used == set(range(max(asked) % 2, LENGTH - 4, 2)) and 200 < after < 300
+        assert max(asked) == length - 3 - distance - 2
+    assert used == set(range(max(asked) % 2, length - 4, 2)) and 200 < after < 300
 
 
 def test_a_full_row_and_the_smallest_one():

@@ -64,11 +64,17 @@ def test_what_peers_are_like() -> None:
     assert peers["memory_tokens"].num_memory_tokens == config.num_memory_slots
     assert peers["llama4"].moe_layers == [] and peers["qwen3_next"].num_experts == 0
     mamba = peers["mamba2"]
+    assert (mamba.expand, mamba.n_groups, mamba.chunk_size, mamba.rescale_prenorm_residual) == (2, 1, 64, True)
     assert 8 < mamba.num_hidden_layers <= 16 and mamba.state_size >= 64 and mamba.head_dim == 64
     assert "rope_theta" not in config.to_dict() and config.rope_parameters == {
         "rope_type": "default",
         "rope_theta": 777.0,
     }
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_a_single_layer_is_enough(name: str) -> None:
+    assert build_peer(name, RMTConfig(**SMALL | {"num_hidden_layers": 1})).config.num_hidden_layers == 1
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -81,15 +87,16 @@ def test_training_step(name: str) -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("first", [1, 37])
 @pytest.mark.parametrize("name", PEERS)
-def test_reading_and_decoding_is_reading_at_once(name: str) -> None:
+def test_reading_and_decoding_is_reading_at_once(name: str, first: int) -> None:
     model, input_ids = peer(name), tiny_ids(2, 40)
     with torch.no_grad():
         expected = model(input_ids=input_ids, use_cache=False).logits
     read(model, input_ids.flip(1))  # another stream before leaves nothing behind
-    logits, state = read(model, input_ids[:, :37], logits_to_keep=0)
-    torch.testing.assert_close(logits, expected[:, :37], rtol=0, atol=1e-5)  # float32
-    for column in (37, 38, 39):
+    logits, state = read(model, input_ids[:, :first], logits_to_keep=0)
+    torch.testing.assert_close(logits, expected[:, :first], rtol=0, atol=1e-5)  # float32
+    for column in range(first, 40):
         logits, same = read(model, input_ids[:, column : column + 1], state)
         assert same is state
         torch.testing.assert_close(logits, expected[:, column : column + 1], rtol=0, atol=1e-5)  # float32

@@ -75,7 +75,7 @@ class MemoryTokensForCausalLM(LlamaForCausalLM):
         self.first_memory = nn.Embedding(config.num_memory_tokens, config.hidden_size)  # initialised as embeddings are
         self.post_init()
 
-    def forward(  # no positions, no embeddings, and a state of its own
+    def forward(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -130,15 +130,15 @@ class MemoryTokensForCausalLM(LlamaForCausalLM):
 
     def _read(self, piece: torch.Tensor, state: MemoryTokensState, is_continued: bool) -> torch.Tensor:
         """Hidden states (B, T, E) of columns of one segment; writes the memory if they end it and something follows."""
-        memory = cast(torch.Tensor, state.memory)
+        memory, num_memory = cast(torch.Tensor, state.memory), self.config.num_memory_tokens
         begun, length = self._begun(state), piece.shape[1]
-        first = len(memory[0]) if state.cache is None else 0  # of the places that belong to the piece
+        first = num_memory if state.cache is None else 0  # of the places that belong to the piece
         is_whole = begun + length == self.config.segment_length
         parts = [memory] * (state.cache is None) + [piece] + [memory] * (is_whole and is_continued)
         if state.cache is None and is_continued and not is_whole:
             state.cache = DynamicCache(config=self.config)
         inputs = torch.cat(parts, 1)
-        start = begun + len(memory[0]) - first
+        start = num_memory + begun - first
         outputs = self.model(
             inputs_embeds=inputs,
             position_ids=torch.arange(start, start + inputs.shape[1], device=inputs.device)[None],

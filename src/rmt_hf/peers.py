@@ -98,6 +98,8 @@ def build_peer(
     - `qwen3_next`: dense; gated delta rule with our heads, and full attention in every fourth layer, or in the last one
       if ours has fewer (`intermediate_size`).
 
+    If ours has a single layer, attention is all that is left of the last two.
+
     Args:
         name: One of `PEERS`.
         config: Configuration of our model.
@@ -108,7 +110,7 @@ def build_peer(
             layers with which a long stream has as many state bytes as ours, or more.
 
     Returns:
-        The model, in train or eval mode as transformers builds it, on torch's default device and in its default dtype.
+        The model in train mode, on torch's default device and in its default dtype.
 
     Raises:
         ValueError: If the name is unknown, an argument breaks its rule, or no such peer has our size.

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, pipeline, set_seed
 
 from rmt_hf import RMTConfig, RMTForCausalLM
+from rmt_hf.controls import empty_memories, pass_on_memories, stream_bits
 from rmt_hf.data import cut_into_rows, token_byte_counts, tokenize, train_tokenizer
-from rmt_hf.evaluation import Comparison, logits_in_new_process, stream_bits
+from rmt_hf.evaluation import Comparison, logits_in_new_process, token_bits
 from rmt_hf.report import environment, write_report, write_whole
 
 
@@ -144,10 +145,10 @@ def main() -> None:
     model, bare = make_models(args, tokenizer.eos_token_id)
     if args.no_memory_to is not None:
         summary = train(bare, rows, tokenizer, args)
-        bits = stream_bits(bare, input_ids)
-        return save_file({"bits": bits["own"]}, args.no_memory_to, {"training": summary})
+        return save_file({"bits": token_bits(bare, input_ids)}, args.no_memory_to, {"training": summary})
     training = {"own": train(model, rows, tokenizer, args)}
-    bits = stream_bits(model, input_ids, show_progress=True)
+    controls = {"empty": empty_memories, "other": pass_on_memories}
+    bits = stream_bits(model, input_ids, controls, show_progress=True)
     if other.wait():
         raise SystemExit(f"Training without memory failed: see {no_memory_file.with_suffix('.log')}")
     with safe_open(no_memory_file, "pt") as file:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rmt_hf.evaluation import Comparison
-from rmt_hf.report import environment, verdict, write_report, write_whole
+from rmt_hf.report import environment, plot, table, verdict, write_metrics, write_report, write_whole
 
 
 def make_comparison(shift: float, noise: float = 0.1) -> Comparison:
@@ -34,7 +34,38 @@ def test_report_holds_every_figure(tmp_path):
         assert f"{mean:.4f} ± {error:.4f}" in text
     metrics = json.loads((tmp_path / "report" / "metrics.json").read_text("utf-8"))
     assert metrics["difference"]["other"] == list(comparison.overall_difference("other"))
-    assert metrics["facts"] == {"seconds": 3}
+    assert metrics["facts"] == {"seconds": 3} and metrics["sample"] == "To be | or not"
+
+
+def test_any_models_are_compared_by_their_names(tmp_path):
+    own, other = make_comparison(1.0).bits.values()
+    bits = {"small": other, "large": own, "medium": (own + other) / 2}
+    comparison = Comparison(bits, torch.ones(8, 63, dtype=torch.int64), window_length=4, reference="large")
+    assert verdict(comparison, "small").startswith("small is worse than large (+1.0")
+    assert table(comparison).startswith("| tokens read | large | small − large | medium − large |")
+    write_metrics(tmp_path / "metrics.json", comparison, seconds=3)
+    metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+    assert metrics["reference"] == "large" and metrics["seconds"] == 3
+    with pytest.raises(ValueError, match="JSON"):
+        write_metrics(tmp_path / "broken.json", comparison, seconds=float("nan"))
+    plot(comparison, tmp_path / "bits.svg")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bits.svg", "metrics.json"]
+
+
+def test_a_plot_has_a_curve_and_a_band_for_each(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    comparison = make_comparison(1.0)
+    plot(comparison, tmp_path / "bits.png")
+    levels, differences = figures[0].axes
+    for axes, points in (
+        (levels, [comparison.by_position("own"), comparison.by_position("other")]),
+        (differences, [comparison.difference_by_position("other")]),
+    ):
+        for line, band, pairs in zip(axes.lines[-len(points) :], axes.collections, points, strict=True):
+            assert line.get_ydata() == pytest.approx([mean for mean, _ in pairs])
+            edges = {round(float(height), 9) for height in band.get_paths()[0].vertices[:, 1]}
+            assert edges >= {round(mean + side * error, 9) for mean, error in pairs for side in (-1, 1)}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -20,6 +20,7 @@ import torch
 from .evaluation import Comparison
 
 
+# What a report calls these; any other model or condition goes by its name.
 LABELS = {
     "own": "(a) own memory",
     "empty": "(b) memory emptied at every segment",
@@ -28,37 +29,48 @@ LABELS = {
 }
 
 
+def label(name: str) -> str:
+    """What a report calls a model or condition at first mention."""
+    return LABELS.get(name, name)
+
+
+def tag(name: str) -> str:
+    """What a report calls it from then on: "(a)" for one of `LABELS`, else its name."""
+    return LABELS[name].partition(" ")[0] if name in LABELS else name
+
+
 def verdict(comparison: Comparison, name: str) -> str:
-    """One sentence on a condition against (a), which says "no difference" unless it is beyond three standard errors.
+    """One sentence on one against the reference, which says "no difference" within three standard errors.
 
     Args:
-        comparison: The measured conditions.
-        name: A condition other than `"own"`.
+        comparison: What was measured.
+        name: A model or condition other than the reference.
     """
     difference, error = comparison.overall_difference(name)
     ratio = difference / error if error else 0.0
     measured = f"{difference:+.4f} ± {error:.4f} bits per byte, {ratio:+.1f} standard errors"
+    reference = tag(comparison.reference)
     if abs(difference) <= 3 * error:
-        return f"{LABELS[name]} against (a): no difference beyond three standard errors ({measured})."
-    return f"{LABELS[name]} is {'worse' if difference > 0 else 'better'} than (a) ({measured})."
+        return f"{label(name)} against {reference}: no difference beyond three standard errors ({measured})."
+    return f"{label(name)} is {'worse' if difference > 0 else 'better'} than {reference} ({measured})."
 
 
 def table(comparison: Comparison) -> str:
-    """Bits per byte by position as a Markdown table: (a), then the paired differences from it, with standard errors.
+    """Bits per byte by position as a Markdown table: the reference, then paired differences, with standard errors.
 
     Args:
-        comparison: The measured conditions.
+        comparison: What was measured.
     """
-    names = comparison.others
-    header = ["tokens read", LABELS["own"], *(f"{LABELS[name]} − (a)" for name in names)]
+    names, reference = comparison.others, comparison.reference
+    header = ["tokens read", label(reference), *(f"{label(name)} − {tag(reference)}" for name in names)]
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     spans = [f"{start:,}–{end:,}" for start, end in itertools.pairwise(comparison.edges)]
-    columns = [comparison.by_position("own"), *(comparison.difference_by_position(name) for name in names)]
+    columns = [comparison.by_position(reference), *(comparison.difference_by_position(name) for name in names)]
     lines += [
         [span, *(f"{mean:.4f} ± {error:.4f}" for mean, error in row)]
         for span, *row in zip(spans, *columns, strict=True)
     ]
-    overall = [comparison.overall("own"), *(comparison.overall_difference(name) for name in names)]
+    overall = [comparison.overall(reference), *(comparison.overall_difference(name) for name in names)]
     lines.append(
         [f"**all beyond the window of {comparison.window_length}**", *(f"**{x:.4f} ± {e:.4f}**" for x, e in overall)]
     )
@@ -66,31 +78,52 @@ def table(comparison: Comparison) -> str:
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Bits per byte by position, and the paired differences from (a), as a picture. Needs matplotlib.
+    """Bits per byte by position and paired differences from the reference, as a picture. Needs matplotlib.
+
+    Bands are one standard error over documents to each side.
 
     Args:
-        comparison: The measured conditions.
+        comparison: What was measured; each model or condition has one colour.
         path: Where to write it; the suffix names the format.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     levels, differences = figure.subplots(1, 2)
-    places = comparison.edges[1:]
-    for name in ("own", *comparison.others):
-        levels.plot(places, [mean for mean, _ in comparison.by_position(name)], marker="o", label=LABELS[name])
+    places, reference = comparison.edges[1:], tag(comparison.reference)
     differences.axhline(0, color="C0")
-    for index, name in enumerate(comparison.others, 1):
-        means, errors = zip(*comparison.difference_by_position(name), strict=True)
-        differences.errorbar(
-            places, means, errors, marker="o", capsize=3, color=f"C{index}", label=f"{LABELS[name]} − (a)"
-        )
-    for axes, title in ((levels, "Bits per byte"), (differences, "Difference from (a), one standard error")):
-        axes.set(title=title, xlabel="tokens of the document read so far")
+    for index, name in enumerate((comparison.reference, *comparison.others)):
+        curves = [(levels, comparison.by_position(name), label(name))]
+        if index:
+            curves.append((differences, comparison.difference_by_position(name), f"{label(name)} − {reference}"))
+        for axes, points, words in curves:
+            means, errors = torch.tensor(points, dtype=torch.float64).unbind(1)
+            axes.plot(places, means.tolist(), marker="o", color=f"C{index}", label=words)
+            axes.fill_between(
+                places, *((means + side * errors).tolist() for side in (-1, 1)), alpha=0.2, color=f"C{index}"
+            )
+    titles = (levels, "Bits per byte"), (differences, f"Difference from {reference}")
+    for axes, title in titles:
+        axes.set(title=f"{title}, one standard error", xlabel="tokens of the document read so far")
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [f"{place:,}" for place in places], rotation=45)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def write_metrics(path: Path, comparison: Comparison, **sections: object) -> None:
+    """Writes every figure of a comparison as JSON.
+
+    Args:
+        path: Where to; its folder is made if it does not exist.
+        comparison: What was measured.
+        sections: What else belongs to the numbers, by name: `facts`, what was run, where and how, with `environment`.
+
+    Raises:
+        ValueError: If there is a number that JSON does not know, NaN or infinite; nothing is written then.
+    """
+    metrics = json.dumps({**comparison.metrics(), **sections}, indent=1, allow_nan=False)
+    write_whole(path, lambda temporary: temporary.write_text(metrics, "utf-8"))
 
 
 REPORT = """# {title}
@@ -134,9 +167,8 @@ def write_report(folder: Path, title: str, comparison: Comparison, facts: dict[s
         facts="\n".join(f"- {name}: {value}" for name, value in facts.items()),
         sample=sample.strip(),
     )
-    metrics = json.dumps({**comparison.metrics(), "facts": facts, "sample": sample}, indent=1)
     write_whole(folder / "bits_per_byte.png", lambda path: plot(comparison, path))
-    write_whole(folder / "metrics.json", lambda path: path.write_text(metrics, "utf-8"))
+    write_metrics(folder / "metrics.json", comparison, facts=facts, sample=sample)
     write_whole(folder / "report.md", lambda path: path.write_text(text, "utf-8"))
 
 

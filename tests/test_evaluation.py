@@ -129,12 +129,14 @@ def test_padded_documents_are_documents_read_alone(how):
         assert not bits[row, length - 1 :].any()
 
 
-def test_token_bits_leaves_the_mode_of_the_model():
-    model = tiny_model().train()
-    token_bits(model, tiny_ids(1, 5))
-    assert model.training
+@pytest.mark.parametrize("how", [{"piece_length": 8}, {"window": 16, "stride": 8}])
+def test_logits_are_of_one_piece_at_a_time_and_without_dropout(how):
+    model, seen = tiny_model().train(), []
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: seen.append((head.training, logits.shape[1])))
+    token_bits(model, tiny_ids(1, 45), **how)
+    assert seen == [(False, 8)] * 5 + [(False, 4)] and model.training
     with pytest.raises(ValueError, match="must lie in"):
-        token_bits(model, torch.full((1, 5), 1000))
+        token_bits(model, torch.full((1, 5), 1000), **how)
     assert model.training
 
 
@@ -153,6 +155,7 @@ def test_bad_questions_are_refused():
         "at least one": lambda: token_bits(model, ids[:, :0]),
         "shape of input_ids": lambda: token_bits(model, ids, torch.ones(2, 8)),
         "padding_side": lambda: token_bits(model, ids, torch.arange(9).expand(2, 9) > 2),
+        "on the right only": lambda: token_bits(model, ids, torch.arange(9).expand(2, 9) != 4),
         "a token in every row": lambda: token_bits(model, ids, torch.zeros(2, 9)),
         "without window": lambda: token_bits(model, ids, stride=3),
         "from 1 to window": lambda: token_bits(model, ids, window=3, stride=4),
@@ -187,6 +190,7 @@ def test_any_model_may_be_the_reference():
     assert comparison.others == ["small", "middle"]
     assert comparison.overall_difference("small") == (1.0, 0.0)
     assert comparison.overall_difference("middle") == (0.5, pytest.approx(0.5 / 3**0.5))
+    assert comparison.difference_by_position("middle") == [(0.5, pytest.approx(0.5 / 3**0.5))] * 4
     assert comparison.metrics()["difference"].keys() == {"small", "middle"}
 
 

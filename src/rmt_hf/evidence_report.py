@@ -1,0 +1,91 @@
+"""The runs of `rmt_hf.evidence` as a table and a plot. A home file: it does not travel with the weights."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from .report import write_whole
+
+
+REFERENCE = "default"
+
+
+def read_runs(file: Path) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """Runs by task, row and seed; of several with other settings the last one counts."""
+    runs: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for line in file.read_text("utf-8").splitlines():
+        run = json.loads(line)
+        runs.setdefault(run["task"], {}).setdefault(run["row"], {})[run["seed"]] = run
+    return runs
+
+
+def write_evidence(file: Path, directory: Path) -> None:
+    """Writes `table.md` and `evidence.png` of the runs in a file of JSON lines."""
+    runs = read_runs(file)
+    text = "\n".join(table(task, rows) for task, rows in runs.items())
+    write_whole(directory / "table.md", lambda path: path.write_text(text, "utf-8"))
+    write_whole(directory / "evidence.png", lambda path: plot(runs, path))
+
+
+def score(task: str, run: dict[str, Any]) -> float:
+    """What a run is judged by: accuracy at 8 segments, or mean bits per byte beyond the window."""
+    return run["accuracy_8"] if task == "recall" else statistics.fmean(run["bits_per_byte"]["own"])
+
+
+def differences(task: str, rows: dict[str, dict[int, dict[str, Any]]], name: str) -> list[float]:
+    """Score of a row minus that of the default row, for each seed that both have."""
+    ours, theirs = rows.get(REFERENCE, {}), rows[name]
+    return [score(task, theirs[seed]) - score(task, ours[seed]) for seed in sorted(set(ours) & set(theirs))]
+
+
+def mean_and_error(values: list[float]) -> str:
+    """Mean ± standard error over seeds; a single value has none."""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{error}" if values else ""
+
+
+def table(task: str, rows: dict[str, dict[int, dict[str, Any]]]) -> str:
+    """A Markdown table of one task."""
+    columns = ["accuracy, 8 segments", "minus default", "64 segments"] if task == "recall" else []
+    columns = columns or ["bits per byte", "minus default", "emptied minus own", "another's minus own"]
+    columns = ["", "seeds", *columns, "parameters", "state bytes", "training, CPU s", "decoding, CPU ms"]
+    lines = [f"## {task}", "", "|" + "|".join(columns) + "|", "|---" * len(columns) + "|"]
+    for name, seeds in rows.items():
+        runs = list(seeds.values())
+        cells = [name, str(len(runs)), mean_and_error([score(task, run) for run in runs])]
+        cells.append("" if name == REFERENCE else mean_and_error(differences(task, rows, name)))
+        if task == "recall":
+            cells.append(mean_and_error([run["accuracy_64"] for run in runs]))
+        else:
+            cells += [control_difference(runs, control) for control in ("empty", "other")]
+        first = runs[0]
+        cells += [f"{first['parameters']:,}", f"{first['state_bytes']:,}"]
+        cells += [
+            f"{statistics.fmean(run[key] for run in runs):.1f}" for key in ("train_seconds", "decode_milliseconds")
+        ]
+        lines.append("|" + "|".join(cells) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def control_difference(runs: list[dict[str, Any]], control: str) -> str:
+    """How much worse text is predicted under a memory control: mean over documents, then over seeds."""
+    bits = [run["bits_per_byte"] for run in runs if control in run["bits_per_byte"]]
+    return mean_and_error([statistics.fmean(each[control]) - statistics.fmean(each["own"]) for each in bits])
+
+
+def plot(runs: dict[str, dict[str, dict[int, dict[str, Any]]]], path: Path) -> None:
+    """The score of every row, a panel for each task, a dot for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axes, (task, rows) in zip(panels, runs.items(), strict=True):
+        for place, (name, seeds) in enumerate(rows.items()):
+            scores = [score(task, run) for run in seeds.values()]
+            axes.plot(scores, [place] * len(scores), "o", color="C0" if name != REFERENCE else "C3", alpha=0.6)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        axes.set(title=task, xlabel="accuracy at 8 segments" if task == "recall" else "bits per byte beyond the window")
+    figure.savefig(path, dpi=120)

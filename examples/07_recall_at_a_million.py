@@ -13,42 +13,31 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
 from rmt_hf import RMTCache, RMTConfig, RMTForCausalLM
-from rmt_hf.memory_rmt import Slots
+from rmt_hf.controls import Control, empty_memories, swap_memories
+from rmt_hf.recall import (
+    FIRST_FACT,
+    FIRST_QUESTION,
+    NUM_FACTS,
+    NUM_KEYS,
+    NUM_VALUES,
+    VOCABULARY,
+    answers,
+    noise,
+    place_facts,
+)
 from rmt_hf.report import environment, write_whole
 
 
-KEYS, VALUES, NOISE, FACTS = 4, 8, 64, 4
 TOKENS_PER_QUESTION = 16  # in training; no question is asked in the streams that are read after it
 TOKENS_PER_CALL = 65_536
 KEEP = -1.0  # initial bias of the memory gate: a slot is mostly kept
-FIRST_QUESTION = VALUES  # token ids: values, then questions, then facts, then noise
-FIRST_FACT = FIRST_QUESTION + KEYS
-FIRST_NOISE = FIRST_FACT + KEYS * VALUES
-VOCABULARY = FIRST_NOISE + NOISE
 CONDITIONS = ("own_memory", "memory_emptied", "swapped_other_row", "swapped_own_row", "control_window")
-
-
-def noise(rows: int, columns: int) -> torch.Tensor:
-    return torch.randint(FIRST_NOISE, VOCABULARY, (rows, columns))
-
-
-def place_facts(input_ids: torch.Tensor, segments: torch.Tensor, config: RMTConfig) -> tuple[torch.Tensor, ...]:
-    """Writes FACTS facts into a segment (rows,) of each row; returns keys and values, each (rows, FACTS)."""
-    rows, chunks = len(input_ids), config.segment_length // config.chunk_length
-    keys = torch.rand(rows, KEYS).argsort(1)[:, :FACTS]
-    values = torch.randint(VALUES, (rows, FACTS))
-    places = torch.rand(rows, chunks).argsort(1)[:, :FACTS]
-    columns = segments[:, None] * config.segment_length + places * config.chunk_length
-    columns += torch.randint(config.chunk_length, (rows, FACTS))
-    input_ids.scatter_(1, columns, FIRST_FACT + keys * VALUES + values)
-    return keys, values
 
 
 def batch(rows: int, columns: int, config: RMTConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,13 +45,12 @@ def batch(rows: int, columns: int, config: RMTConfig) -> tuple[torch.Tensor, tor
     length, num_segments = config.segment_length, columns // config.segment_length
     input_ids = noise(rows, columns)
     segments = torch.randint(max(1, num_segments // 4), (rows,))
-    keys, values = place_facts(input_ids, segments, config)
+    keys, values, _ = place_facts(input_ids, segments, length, config.chunk_length)
     first = ((segments + 1) * length)[:, None]
     questions = columns // TOKENS_PER_QUESTION
     places = first + (torch.rand(rows, questions) * (columns - 1 - first)).long()
-    input_ids.scatter_(1, places, FIRST_QUESTION + keys.gather(1, torch.randint(FACTS, (rows, questions))))
-    answers = torch.full((rows, VOCABULARY), -100).scatter_(1, FIRST_QUESTION + keys, values).gather(1, input_ids)
-    labels = torch.nn.functional.pad(answers[:, :-1], (1, 0), value=-100)  # labels say what comes next
+    input_ids.scatter_(1, places, FIRST_QUESTION + keys.gather(1, torch.randint(NUM_FACTS, (rows, questions))))
+    labels = answers(input_ids, keys, values)
     is_far = torch.arange(columns) > first + config.num_lookback_segments * length
     return input_ids, labels, (labels != -100) & is_far
 
@@ -96,26 +84,16 @@ def train(config: RMTConfig, args: argparse.Namespace, seed: int) -> tuple[RMTFo
     return model.eval(), {"window": window, "memory": memory, "seconds": round(time.perf_counter() - started, 1)}
 
 
-def with_memory(cache: RMTCache, change: Callable[[Slots], Slots]) -> RMTCache:
-    """A copy of the state with its memory changed and its window as it is."""
+def under(control: Control, cache: RMTCache) -> RMTCache:
+    """A copy of the state with its memory under a control and its window as it is."""
     copy = cache.clone()
-    for layer in copy.layers:
-        layer.state = layer.state._replace(memory=change(layer.state.memory))
+    control(copy)
     return copy
-
-
-def emptied(slots: Slots) -> Slots:
-    return slots._replace(strengths=torch.full_like(slots.strengths, -torch.inf))
-
-
-def swapped(slots: Slots) -> Slots:
-    """The memories of rows 0 and 1, 2 and 3, and so on exchanged."""
-    return slots.map(lambda tensor: tensor.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
 
 
 @torch.no_grad()
 def ask(model: RMTForCausalLM, cache: RMTCache, keys: torch.Tensor) -> torch.Tensor:
-    """Answers (rows, FACTS) to one question for each fact, each asked of a copy of the state."""
+    """Answers (rows, facts) to one question for each fact, each asked of a copy of the state."""
     questions = (FIRST_QUESTION + keys).split(1, 1)
     logits = [model(input_ids=question, past_key_values=cache.clone()).logits[:, -1] for question in questions]
     return torch.stack(logits, 1).argmax(-1)
@@ -125,14 +103,15 @@ def measure(
     model: RMTForCausalLM, cache: RMTCache, keys: torch.Tensor, values: torch.Tensor, others: torch.Tensor
 ) -> dict[str, float]:
     """Accuracy in each of the CONDITIONS; `others` are the values of the same keys in the row to swap with."""
-    from_swapped = ask(model, with_memory(cache, swapped), keys)
-    window = with_memory(cache, emptied)
-    input_ids = noise(len(keys), model.config.segment_length)
-    new_keys, new_values = place_facts(input_ids, torch.zeros(len(keys), dtype=torch.long), model.config)
+    from_swapped = ask(model, under(swap_memories, cache), keys)
+    window = under(empty_memories, cache)
+    config, first = model.config, torch.zeros(len(keys), dtype=torch.long)
+    input_ids = noise(len(keys), config.segment_length)
+    new_keys, new_values, _ = place_facts(input_ids, first, config.segment_length, config.chunk_length)
     model(input_ids=input_ids, past_key_values=window, logits_to_keep=1)
     right = (
         ask(model, cache, keys) == values,
-        ask(model, with_memory(cache, emptied), keys) == values,
+        ask(model, under(empty_memories, cache), keys) == values,
         from_swapped == others,
         from_swapped == values,
         ask(model, window, new_keys) == new_values,
@@ -144,7 +123,7 @@ def measure(
 def slots_of_facts(
     model: RMTForCausalLM, facts: torch.Tensor, slots: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slot (rows, M, heads, 2 D) nearest to each fact (rows, FACTS) in every head, and whether it holds it whole.
+    """The slot (rows, M, heads, 2 D) nearest to each fact (rows, facts) in every head, and whether it holds it whole.
 
     The keys and values of a token of the only layer depend on the token alone.
     """
@@ -152,9 +131,9 @@ def slots_of_facts(
     hidden_states = layer.input_layernorm(model.model.embed_tokens(facts))
     width = (-1, model.config.head_dim)
     keys = layer.self_attn.k_norm(layer.self_attn.k_proj(hidden_states).unflatten(-1, width))
-    own = torch.cat([keys, layer.self_attn.v_proj(hidden_states).unflatten(-1, width)], -1)  # (rows, FACTS, heads, 2 D)
+    own = torch.cat([keys, layer.self_attn.v_proj(hidden_states).unflatten(-1, width)], -1)  # (rows, facts, heads, 2 D)
     distances = (slots[:, None] - own[:, :, None]).norm(dim=-1) / own.norm(dim=-1)[:, :, None]
-    nearest = distances.min(2)  # (rows, FACTS, heads)
+    nearest = distances.min(2)  # (rows, facts, heads)
     return nearest.indices, nearest.values < 1e-3
 
 
@@ -164,8 +143,8 @@ def follow(model: RMTForCausalLM, distances: list[int], streams: int) -> list[di
     config, length, cache = model.config, model.config.segment_length, RMTCache(model.config)
     model.memorize(noise(streams, 16 * length), past_key_values=cache)  # the ring is full of noise
     input_ids = noise(streams, length)
-    keys, values = place_facts(input_ids, torch.zeros(streams, dtype=torch.long), config)
-    by_key = torch.empty(streams, KEYS, dtype=torch.long).scatter_(1, keys, values)
+    keys, values, _ = place_facts(input_ids, torch.zeros(streams, dtype=torch.long), length, config.chunk_length)
+    by_key = torch.empty(streams, NUM_KEYS, dtype=torch.long).scatter_(1, keys, values)
     others = by_key.unflatten(0, (-1, 2)).flip(1).flatten(0, 1).gather(1, keys)
     model.memorize(input_ids, past_key_values=cache)
     curve, at, started, first = [], 0, time.perf_counter(), None
@@ -178,7 +157,7 @@ def follow(model: RMTForCausalLM, distances: list[int], streams: int) -> list[di
         slots = torch.cat([memory.keys, memory.values], -1)
         if first is None:
             first = slots
-            place, is_whole = slots_of_facts(model, FIRST_FACT + keys * VALUES + values, slots)
+            place, is_whole = slots_of_facts(model, FIRST_FACT + keys * NUM_VALUES + values, slots)
             is_fact = torch.zeros(slots.shape[:3], dtype=torch.bool).scatter_(1, place, is_whole)
         changed = (slots - first).norm(dim=-1) / first.norm(dim=-1)  # (rows, M, heads)
         survives = (1 - changed).clamp_min(0).gather(1, place) * is_whole
@@ -212,7 +191,7 @@ def plot(results: list[dict], path: Path) -> None:
         axes.set(xlabel="tokens of noise between facts and question", ylim=(-0.02, 1.05))
         axes.set_xscale("log", base=2)
         axes.legend(fontsize="small", loc="center left")
-    accuracy.axhline(1 / VALUES, color="gray", linewidth=0.8)
+    accuracy.axhline(1 / NUM_VALUES, color="gray", linewidth=0.8)
     accuracy.set_title(f"Accuracy, {len(results)} seeds; gray line: chance")
     retention.set_title("Slots against the moment the facts were written")
     figure.savefig(path, dpi=120)
@@ -225,9 +204,9 @@ def summary_of(results: list[dict]) -> dict:
     return {
         "accuracy_of_worst_seed": {at: min(p["own_memory"] for p in points if p["tokens"] == at) for at in tokens},
         **{name: statistics.fmean(point[name] for point in points) for name in CONDITIONS[1:]},
-        "chance": 1 / VALUES,
+        "chance": 1 / NUM_VALUES,
         "seeds": [result["seed"] for result in results],
-        "answers_per_seed": results[0]["settings"]["streams"] * FACTS,
+        "answers_per_seed": results[0]["settings"]["streams"] * NUM_FACTS,
         "state_bytes": sorted({point["state_bytes"] for point in points}),
         "seconds": round(sum(result["seconds"] for result in results), 1),
     }

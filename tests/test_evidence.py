@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rmt_hf import evidence
+from rmt_hf import evidence, recall
 from rmt_hf.evidence_report import differences, mean_and_error, read_runs
 from rmt_hf.peers import num_parameters
 
@@ -20,17 +20,17 @@ def test_labels_of_recall_are_the_facts_beyond_the_window(distance):
     for ids, labels in zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True):
         known, fact_segments, asked = {}, set(), 0
         for place, token in enumerate(ids):
-            if evidence.FIRST_FACT <= token < evidence.FIRST_NOISE:
-                key, value = divmod(token - evidence.FIRST_FACT, evidence.NUM_VALUES)
+            if recall.FIRST_FACT <= token < recall.FIRST_NOISE:
+                key, value = divmod(token - recall.FIRST_FACT, recall.NUM_VALUES)
                 assert key not in known
                 known[key] = value
                 fact_segments.add(place // segment)
-            elif evidence.FIRST_QUESTION <= token < evidence.FIRST_FACT:
+            elif recall.FIRST_QUESTION <= token < recall.FIRST_FACT:
                 asked += 1
-                assert labels[place + 1] == known[token - evidence.FIRST_QUESTION]
+                assert labels[place + 1] == known[token - recall.FIRST_QUESTION]
                 distances = place // segment - max(fact_segments)
                 assert distances >= 2 if distance is None else distances == distance
-        assert len(known) == evidence.NUM_FACTS and len(fact_segments) == 1 and asked > 0
+        assert len(known) == recall.NUM_FACTS and len(fact_segments) == 1 and asked > 0
         assert sum(label != -100 for label in labels) == asked
 
 

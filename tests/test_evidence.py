@@ -68,8 +68,23 @@ def test_mean_and_standard_error_over_seeds():
     assert mean_and_error([1.0, 2.0, 3.0]) == "2.0000 ± 0.5774"
 
 
-def test_a_plain_sigmoid_is_only_that_of_its_row(tmp_path):
-    before = evidence.memory_rmt.GATE_STRETCH
-    arguments = ["--output-dir", str(tmp_path), "--tasks", "recall", "--rows", "plain sigmoid gate", "--seeds", "0"]
-    evidence.main([*arguments, *TINY])
+def test_the_stretch_of_the_gate_is_that_of_the_row_while_it_runs(tmp_path, monkeypatch):
+    before, seen = evidence.memory_rmt.GATE_STRETCH, []
+
+    def run_recall(*_) -> dict:
+        seen.append(evidence.memory_rmt.GATE_STRETCH)
+        return {"train_seconds": 0.0, "accuracy_8": 0.0, "accuracy_64": 0.0}
+
+    monkeypatch.setattr(evidence, "run_recall", run_recall)
+    rows = ["plain sigmoid gate", "default"]
+    evidence.main(["--output-dir", str(tmp_path), "--tasks", "recall", "--rows", *rows, "--seeds", "0", *TINY])
+    assert seen == [0.0, before]
     assert evidence.memory_rmt.GATE_STRETCH == before > 0
+
+
+def test_a_keeping_gate_and_a_shared_query_are_what_they_say():
+    base = evidence.recall_config()
+    (layer,) = evidence.build(evidence.ROWS["keeping gate"], base, 0).model.layers
+    assert (layer.self_attn.memory.gate_bias == -1).all()
+    (layer,) = evidence.build(evidence.ROWS["shared query"], base, 0).model.layers
+    assert layer.self_attn.memory_q_proj is layer.self_attn.q_proj

@@ -252,7 +252,7 @@ def run_text(model: PreTrainedModel, seed: int, args: argparse.Namespace, text: 
     Llama, whose positions end with its training rows, reads with windows of that length and strides of half of it.
     """
     steps = args.text_tokens // args.row_length
-    settings = {"max_steps": steps, "learning_rate": 1e-2, "adam_beta2": 0.99, "weight_decay": 0.1, "seed": seed}
+    settings = {"max_steps": steps, "learning_rate": 4e-3, "adam_beta2": 0.99, "weight_decay": 0.1, "seed": seed}
     seconds = train(model, text.rows, default_data_collator, args, per_device_train_batch_size=1, **settings)
     is_llama = model.config.model_type == "llama"
     bits = {"own": token_bits(model, text.input_ids, window=args.row_length if is_llama else None)}

@@ -42,7 +42,7 @@ UNUSUAL = {
     "memory_write": "mean",
     "fusion_type": "softmax",
     "use_local_attention": False,
-    "use_qk_norm": True,
+    "use_qk_norm": False,
 }
 
 
@@ -207,7 +207,7 @@ def test_paper_is_a_preset_that_overrides_win_over():
     config = RMTConfig.paper()
     assert (config.num_lookback_segments, config.fusion_type, config.memory_write) == (0, "softmax", "mean")
     different = {name for name, value in config.to_dict().items() if value != RMTConfig().to_dict()[name]}
-    assert different == {"num_lookback_segments", "fusion_type", "memory_write"}
+    assert different == {"num_lookback_segments", "fusion_type", "memory_write", "use_qk_norm"}
     config = RMTConfig.paper(fusion_type="gated", hidden_size=24)
     assert (config.num_lookback_segments, config.fusion_type, config.hidden_size) == (0, "gated", 24)
 

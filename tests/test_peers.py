@@ -53,14 +53,15 @@ def test_what_peers_are_like() -> None:
     config = RMTConfig(**LARGE, num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
     with torch.device("meta"):
         peers = {name: build_peer(name, config, window_length=100).config for name in PEERS}
-    for name in ("llama", "mistral", "memory_tokens", "llama4", "recurrent_gemma", "qwen3_next"):
+    for name in sorted(set(PEERS) - {"mamba2"}):
         assert (peers[name].num_attention_heads, peers[name].num_key_value_heads, peers[name].head_dim) == (5, 1, 64)
         assert peers[name].rope_parameters["rope_theta"] == 777.0
     assert peers["llama4"].layer_types == (["chunked_attention"] * 3 + ["full_attention"]) * 2
     assert peers["qwen3_next"].layer_types == (["linear_attention"] * 3 + ["full_attention"]) * 2
     assert peers["recurrent_gemma"].layers_block_type[:3] == ["linear_attention"] * 2 + ["sliding_attention"]
-    windows = [peers["mistral"].sliding_window, peers["llama4"].attention_chunk_size]
-    assert [*windows, peers["recurrent_gemma"].sliding_window, peers["memory_tokens"].segment_length] == [100] * 4
+    windows = [peers["mistral"].sliding_window, peers["qwen3_window"].sliding_window]
+    windows.append(peers["llama4"].attention_chunk_size)
+    assert [*windows, peers["recurrent_gemma"].sliding_window, peers["memory_tokens"].segment_length] == [100] * 5
     assert peers["memory_tokens"].num_memory_tokens == config.num_memory_slots
     assert peers["llama4"].moe_layers == [] and peers["qwen3_next"].num_experts == 0
     mamba = peers["mamba2"]
@@ -117,6 +118,7 @@ def test_state_tensors_by_hand() -> None:
     measured = {name: state_bytes(model, rows, 40) for name, model in models.items()}
     assert measured["llama"] == rows * 2 * 40 * head
     assert measured["mistral"] == rows * 2 * (WINDOW - 1) * head
+    assert measured["qwen3"] == measured["llama"] and measured["qwen3_window"] == measured["mistral"]
     assert measured["memory_tokens"] == rows * (8 * 32 * 4 + 2 * (8 + 40 % WINDOW) * head)
     assert measured["llama4"] == measured["mistral"]  # with two layers, both are chunked
     assert measured["recurrent_gemma"] == rows * ((WINDOW - 1) * head + 32 * (3 + 1) * 4)
@@ -129,14 +131,17 @@ def test_state_tensors_by_hand() -> None:
     assert isinstance(state, RMTCache) and state_bytes(ours, rows, 40) == state.nbytes
 
 
-@pytest.mark.parametrize("name", ["mistral", "memory_tokens", "mamba2", "recurrent_gemma"])
+@pytest.mark.parametrize("name", ["mistral", "qwen3_window", "memory_tokens", "mamba2", "recurrent_gemma"])
 def test_state_is_constant(name: str) -> None:
     model = peer(name)
     assert state_bytes(model, 1, 2 * WINDOW) == state_bytes(model, 1, 1000 * WINDOW) > 0
     assert state_bytes(peer("llama"), 1, 2 * WINDOW) * 500 == state_bytes(peer("llama"), 1, 1000 * WINDOW)
 
 
-@pytest.mark.parametrize(("name", "first_seen"), [("mistral", 40 - WINDOW + 1), ("llama4", 32), ("llama", 0)])
+@pytest.mark.parametrize(
+    ("name", "first_seen"),
+    [("mistral", 40 - WINDOW + 1), ("qwen3_window", 40 - WINDOW + 1), ("llama4", 32), ("llama", 0), ("qwen3", 0)],
+)
 def test_window(name: str, first_seen: int) -> None:
     """In a single layer, the last of 41 tokens depends on those in its window (chunk, all) and on no other."""
     model = peer(name, num_hidden_layers=1)
@@ -150,11 +155,14 @@ def test_equal_state(fields: dict) -> None:
     config = RMTConfig(**fields, chunk_length=16, segment_length=32, num_memory_slots=32)
     with torch.device("meta"):
         ours = RMTForCausalLM(config)
-        mistral, mamba = (build_peer(name, config, equal_state=True) for name in ("mistral", "mamba2"))
+        mistral, mamba, qwen3 = (
+            build_peer(name, config, equal_state=True) for name in ("mistral", "mamba2", "qwen3_window")
+        )
     wanted, far = state_bytes(ours, 1, 1), 10**6
     one_token = state_bytes(mistral, 1, 1)
     assert wanted <= state_bytes(mistral, 1, far) < wanted + one_token
     assert mistral.config.sliding_window > config.window_length  # what memory costs us, it gets as window
+    assert qwen3.config.sliding_window == mistral.config.sliding_window
     assert state_bytes(mamba, 1, far) >= wanted
     assert abs(num_parameters(mamba).non_embedding / num_parameters(ours).non_embedding - 1) <= 0.02
 
@@ -174,7 +182,7 @@ def test_refusals() -> None:
     for arguments, message in [
         ({"name": "gpt"}, "name must be one of llama, mistral, .*, got 'gpt'"),
         ({"name": "mistral", "window_length": 1}, "window_length must be at least 2, got 1"),
-        ({"name": "llama", "equal_state": True}, "equal_state is for mistral and mamba2, got 'llama'"),
+        ({"name": "llama", "equal_state": True}, "equal_state is for mistral, qwen3_window and mamba2, got 'llama'"),
         ({"name": "mamba2", "equal_state": True, "config": RMTConfig(**SMALL)}, "No mamba2 .* 946432 bytes of state"),
         ({"name": "memory_tokens", "num_memory_tokens": 0}, "num_memory_tokens must be at least 1"),
         ({"name": "memory_tokens", "num_memory_tokens": 900}, "No memory_tokens of width 32 has about"),

@@ -58,8 +58,8 @@ class RMTConfig(PreTrainedConfig):
         memory_write (`str`, defaults to `"select"`): How a chunk becomes slots; `"select"`, `"pool"` or `"mean"`.
         fusion_type (`str`, defaults to `"gated"`): How the attention paths are added up; `"gated"` or `"softmax"`.
         use_local_attention (`bool`, defaults to `True`): Whether the chunked local path exists.
-        use_qk_norm (`bool`, defaults to `False`): Whether queries and keys are normalised per head before the rotary
-            encoding.
+        use_qk_norm (`bool`, defaults to `True`): Whether queries and keys are normalised per head before the rotary
+            encoding, as Qwen3 does.
 
     Raises:
         ValueError: If a value breaks its rule; the message names the field, the value, the rule and a remedy.
@@ -98,7 +98,7 @@ class RMTConfig(PreTrainedConfig):
     memory_write: str = "select"
     fusion_type: str = "gated"
     use_local_attention: bool = True
-    use_qk_norm: bool = False
+    use_qk_norm: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
@@ -117,12 +117,13 @@ class RMTConfig(PreTrainedConfig):
 
     @classmethod
     def paper(cls, **overrides: Any) -> "RMTConfig":
-        """The form closest to arXiv 2507.00453: no lookback, softmax fusion, mean write.
+        """The form closest to arXiv 2507.00453: no lookback, softmax fusion, mean write, no query/key norm.
 
         Args:
             overrides: Any field of the configuration; wins over the preset.
         """
-        return cls(**{"num_lookback_segments": 0, "fusion_type": "softmax", "memory_write": "mean", **overrides})
+        fields = {"num_lookback_segments": 0, "fusion_type": "softmax", "memory_write": "mean", "use_qk_norm": False}
+        return cls(**{**fields, **overrides})
 
     @property
     def num_slots_per_segment(self) -> int:

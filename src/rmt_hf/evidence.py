@@ -61,6 +61,11 @@ def without_lookback(base: RMTConfig) -> dict[str, Any]:
     return {"num_lookback_segments": 0, "num_memory_slots": base.num_memory_slots + base.segment_length // 2}
 
 
+def paper_form(base: RMTConfig) -> dict[str, Any]:
+    """What `RMTConfig.paper` changes, at equal state bytes."""
+    return {"fusion_type": "softmax", "memory_write": "mean", "use_qk_norm": False, **without_lookback(base)}
+
+
 def set_gate_bias(model: RMTForCausalLM, bias: float) -> None:
     """Sets how much a write replaces before anything is learned: the memory gate is a sigmoid of it."""
     for module in model.modules():
@@ -77,13 +82,13 @@ def share_query(model: RMTForCausalLM) -> None:
 ROWS = {
     "default": Row(),
     "no memory": Row(fields(num_memory_slots=0)),
-    "paper": Row(lambda base: {"fusion_type": "softmax", "memory_write": "mean", **without_lookback(base)}),
+    "paper": Row(paper_form),
     "softmax fusion": Row(fields(fusion_type="softmax")),
     "pool write": Row(fields(memory_write="pool")),
     "mean write": Row(fields(memory_write="mean")),
     "no lookback": Row(without_lookback),
     "no local path": Row(fields(use_local_attention=False)),
-    "query/key norm": Row(fields(use_qk_norm=True)),
+    "no query/key norm": Row(fields(use_qk_norm=False)),
     "two slots per chunk": Row(fields(num_slots_per_chunk=2)),
     "two slots per double chunk": Row(lambda base: {"num_slots_per_chunk": 2, "chunk_length": 2 * base.chunk_length}),
     "plain sigmoid gate": Row(gate_stretch=0.0),
@@ -92,6 +97,9 @@ ROWS = {
     "Llama": Row(peer=("llama", {})),
     "Mistral, our window": Row(peer=("mistral", {})),
     "Mistral, our state bytes": Row(peer=("mistral", {"equal_state": True})),
+    "Qwen3": Row(peer=("qwen3", {})),
+    "Qwen3, our window": Row(peer=("qwen3_window", {})),
+    "Qwen3, our state bytes": Row(peer=("qwen3_window", {"equal_state": True})),
     "Mamba2": Row(peer=("mamba2", {})),
     "memory tokens": Row(peer=("memory_tokens", {})),
 }
@@ -249,13 +257,15 @@ def read_text(args: argparse.Namespace) -> Text:
 def run_text(model: PreTrainedModel, seed: int, args: argparse.Namespace, text: Text) -> dict[str, Any]:
     """Trains on rows of text; bits per byte of held-out documents beyond the window, the state carried all the way.
 
-    Llama, whose positions end with its training rows, reads with windows of that length and strides of half of it.
+    Full attention, whose positions end with its training rows, reads with windows of that length and strides of half of
+    it.
     """
     steps = args.text_tokens // args.row_length
     settings = {"max_steps": steps, "learning_rate": 4e-3, "adam_beta2": 0.99, "weight_decay": 0.1, "seed": seed}
     seconds = train(model, text.rows, default_data_collator, args, per_device_train_batch_size=1, **settings)
-    is_llama = model.config.model_type == "llama"
-    bits = {"own": token_bits(model, text.input_ids, window=args.row_length if is_llama else None)}
+    sliding = getattr(model.config, "sliding_window", None)
+    strides = args.row_length if model.config.model_type in ("llama", "qwen3") and not sliding else None
+    bits = {"own": token_bits(model, text.input_ids, window=strides)}
     if isinstance(model, RMTForCausalLM) and model.config.num_memory_slots:
         bits = stream_bits(model, text.input_ids, {"empty": empty_memories, "other": pass_on_memories})
     edges = [text.config.window_length, text.input_ids.shape[1]]

@@ -21,6 +21,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
     RecurrentGemmaConfig,
@@ -32,6 +34,7 @@ from . import RMTCache, RMTConfig, RMTForCausalLM
 from .memory_tokens import MemoryTokensConfig, MemoryTokensForCausalLM, MemoryTokensState
 
 
+SLIDING = ("mistral", "qwen3_window")  # peers whose every layer has a sliding window
 LEAST_STATE_SIZE = 64  # of Mamba2: half of what its authors take at widths from 768 on
 TOLERANCE = 0.02  # of the number of parameters
 
@@ -68,6 +71,8 @@ PEERS = {
     "memory_tokens": _Peer(MemoryTokensForCausalLM, MemoryTokensConfig, "intermediate_size"),
     "llama4": _Peer(Llama4ForCausalLM, Llama4TextConfig, "intermediate_size_mlp"),
     "recurrent_gemma": _Peer(RecurrentGemmaForCausalLM, RecurrentGemmaConfig, "intermediate_size"),
+    "qwen3": _Peer(Qwen3ForCausalLM, Qwen3Config, "intermediate_size"),
+    "qwen3_window": _Peer(Qwen3ForCausalLM, Qwen3Config, "intermediate_size"),
     "qwen3_next": _Peer(Qwen3NextForCausalLM, Qwen3NextConfig, "intermediate_size"),
 }
 
@@ -95,6 +100,8 @@ def build_peer(
       published (`intermediate_size_mlp`).
     - `recurrent_gemma`: two recurrent layers, or one if ours has two in all, then attention with a window of
       `window_length`; its own initial weights and activation (`intermediate_size`).
+    - `qwen3`: what Llama is with query/key norm (`intermediate_size`).
+    - `qwen3_window`: the same with a sliding window of `window_length` tokens (`intermediate_size`).
     - `qwen3_next`: dense; gated delta rule with our heads, and full attention in every fourth layer, or in the last one
       if ours has fewer (`intermediate_size`).
 
@@ -104,10 +111,10 @@ def build_peer(
         name: One of `PEERS`.
         config: Configuration of our model.
         window_length: Tokens that attention sees at most, or tokens of a segment; at least 2; defaults to
-            `config.window_length`. `llama`, `mamba2` and `qwen3_next` have none.
+            `config.window_length`. `llama`, `qwen3`, `mamba2` and `qwen3_next` have none.
         num_memory_tokens: Of `memory_tokens`; at least 1; defaults to `config.num_memory_slots`.
-        equal_state: Whether `mistral` gets the smallest window, instead of `window_length`, and `mamba2` the most
-            layers with which a long stream has as many state bytes as ours, or more.
+        equal_state: Whether `mistral` or `qwen3_window` gets the smallest window, instead of `window_length`, and
+            `mamba2` the most layers, with which a long stream has as many state bytes as ours, or more.
 
     Returns:
         The model in train mode, on torch's default device and in its default dtype.
@@ -117,15 +124,17 @@ def build_peer(
     """
     if name not in PEERS:
         raise ValueError(f"name must be one of {', '.join(PEERS)}, got {name!r}.")
-    if equal_state and name not in ("mistral", "mamba2"):
-        raise ValueError(f"equal_state is for mistral and mamba2, got {name!r}: choose its window_length instead.")
+    if equal_state and name not in (*SLIDING, "mamba2"):
+        allowed = " and ".join([", ".join(SLIDING), "mamba2"])
+        raise ValueError(f"equal_state is for {allowed}, got {name!r}: choose its window_length instead.")
     window_length = config.window_length if window_length is None else window_length
     if window_length < 2:
         raise ValueError(f"window_length must be at least 2, got {window_length}.")
     ours = _on_meta(RMTForCausalLM, config)
     least_bytes = state_bytes(ours, 1, 1) if equal_state else 0
-    if name == "mistral" and equal_state:
-        token_bytes = state_bytes(_on_meta(MistralForCausalLM, _peer_config(name, config, 1, window_length=2)), 1, 1)
+    if name in SLIDING and equal_state:
+        smallest = _on_meta(PEERS[name].model_class, _peer_config(name, config, 1, window_length=2))
+        token_bytes = state_bytes(smallest, 1, 1)
         window_length = 1 - -least_bytes // token_bytes  # the cache holds one token less than attention sees
     target = num_parameters(ours).non_embedding
     if name == "mamba2":
@@ -162,6 +171,8 @@ def _own_fields(
     """Fields of a peer that our configuration does not give."""
     if name == "mistral":
         return {"sliding_window": window_length}
+    if name == "qwen3_window":
+        return {"use_sliding_window": True, "sliding_window": window_length, "max_window_layers": 0}
     if name == "mamba2":
         num_heads = 2 * config.hidden_size // config.key_value_shape[1]
         form = {"expand": 2, "n_groups": 1, "chunk_size": 64, "rescale_prenorm_residual": True}

@@ -60,6 +60,8 @@ class RMTConfig(PreTrainedConfig):
         use_local_attention (`bool`, defaults to `True`): Whether the chunked local path exists.
         use_qk_norm (`bool`, defaults to `True`): Whether queries and keys are normalised per head before the rotary
             encoding, as Qwen3 does.
+        use_chunked_loss (`bool`, defaults to `False`): Whether the loss of the language model comes from pieces of the
+            logits, which never exist all at once; outputs with a loss then have no `logits`. Needs torch 2.13.
 
     Raises:
         ValueError: If a value breaks its rule; the message names the field, the value, the rule and a remedy.
@@ -99,6 +101,7 @@ class RMTConfig(PreTrainedConfig):
     fusion_type: str = "gated"
     use_local_attention: bool = True
     use_qk_norm: bool = True
+    use_chunked_loss: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:

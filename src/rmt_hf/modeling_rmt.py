@@ -43,6 +43,7 @@ from .inputs_rmt import (
     stream_starts,
 )
 from .layout_rmt import SEGMENTS, STEP, CallLayout, fixed_step, plan_call
+from .loss_rmt import check_chunked_loss, chunked_loss
 from .memory_rmt import RMTMemory
 from .state_rmt import LayerState
 
@@ -345,8 +346,17 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
 
         Returns:
             `logits` (B, T, V), `loss`, `past_key_values`, and what `output_hidden_states`, `output_attentions` ask for.
+            With labels and `config.use_chunked_loss`, `logits` is None, unless an adapter has taken the place of the
+            vocabulary projection.
+
+        Raises:
+            ValueError: As `RMTModel.forward`, and if labels have another shape.
+            RuntimeError: As `RMTModel.forward`, and if `config.use_chunked_loss` meets a torch before 2.13.
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
+        in_chunks = labels is not None and self.config.use_chunked_loss and type(self.lm_head) is nn.Linear
+        if in_chunks:
+            check_chunked_loss()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -356,10 +366,13 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        logits = loss = None
+        if in_chunks:
+            loss = chunked_loss(outputs.last_hidden_state, self.lm_head.weight, cast(torch.Tensor, labels), **kwargs)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

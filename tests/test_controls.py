@@ -13,7 +13,7 @@ from rmt_hf.controls import (
     swap_memories,
 )
 from rmt_hf.evaluation import bits_of, token_bits
-from rmt_hf.memory_rmt import Slots
+from rmt_hf.memory_rmt import ReadableMemory, Slots
 from tiny import read, tiny_ids, tiny_model
 
 
@@ -108,9 +108,9 @@ def test_an_emptied_memory_reads_exactly_zero():
     empty_memories(cache)
     for layer, state in zip(model.model.layers, (layer.state for layer in cache.layers), strict=True):
         queries = torch.randn(3 * 2, 2, 8, dtype=torch.float64)
-        assert not layer.self_attn.memory.recall(queries, state.memory, 0.3).any()
+        assert not layer.self_attn.memory.recall(queries, ReadableMemory.of(state.memory, torch.float64), 0.3).any()
         assert layer.self_attn.memory.recall(
-            queries, cache.layers[0].state.memory._replace(strengths=full[2]), 0.3
+            queries, ReadableMemory.of(cache.layers[0].state.memory._replace(strengths=full[2]), torch.float64), 0.3
         ).any()
     assert same([layer.state.keys for layer in cache.layers], windows)
     garbage = cache.clone()

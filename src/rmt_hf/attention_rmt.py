@@ -20,17 +20,16 @@ from .paths_rmt import (
     Projections,
     Shares,
     attend,
-    attend_one_token,
     first_columns,
     fuse,
-    is_plain,
     local_attention,
     memory_attention,
     pad_columns,
     windowed_attention,
     windows_of,
 )
-from .state_rmt import LayerState
+from .state_rmt import LayerState, lay_columns
+from .step_rmt import OneToken, attend_one_token
 
 
 class RMTRMSNorm(nn.Module):
@@ -142,6 +141,7 @@ class RMTAttention(nn.Module):
         state: LayerState | None = None,
         keep_state: bool = False,
         output_attentions: bool = False,
+        token: OneToken | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState | None]:
         """Attends and, if asked, gives the state after the call.
 
@@ -152,11 +152,16 @@ class RMTAttention(nn.Module):
             state: The state before the call; not changed in place while gradients are recorded.
             keep_state: Whether to return a state.
             output_attentions: Whether to return global attention weights (needs the eager implementation).
+            token: Given if the call is a plain step of one token, as `is_plain_step` says.
 
         Returns:
             (B, T, E); weights (B, H, T, T), or (B, H, T, (N + 1) * S) with a state, or None; the new state or None.
         """
         hidden_states = layout.align(hidden_states)
+        if token is not None:
+            step, before = cast(StepView, layout.step), cast(LayerState, state)
+            fused, state = attend_one_token(self, hidden_states[:, 0], step, before, token)
+            return layout.restore(self.o_proj(fused)[:, None]), None, state
         inputs = self._project(hidden_states, layout, keep_state, *position_embeddings[:2])
         shares = self._shares(hidden_states)
         state = None if state is None else state.to(inputs.key.dtype)
@@ -169,11 +174,8 @@ class RMTAttention(nn.Module):
             fused = fuse(shares, paths)
         else:
             state = self._lay(inputs, layout.step, state)
-            if layout.length == 1 and not output_attentions and is_plain(self):
-                fused = attend_one_token(self, inputs, layout.step, state, shares)
-            else:
-                paths, blocks = self._attend_step(inputs, layout.step, state)
-                fused = fuse(shares, paths)
+            paths, blocks = self._attend_step(inputs, layout.step, state)
+            fused = fuse(shares, paths)
         output = self.o_proj(fused.flatten(2))
         weights = self._weights_by_column(blocks, layout) if output_attentions else None
         return layout.restore(output), weights, state
@@ -194,7 +196,7 @@ class RMTAttention(nn.Module):
         return Projections(rotate(query, cos, sin), rotate(key, cos, sin), key, value, memory_query, scores)
 
     def _shares(self, hidden_states: torch.Tensor) -> Shares:
-        """What each path counts in the sum, per token and head or, with softmax fusion, per layer."""
+        """What each path counts in the sum for states (..., E): (..., H, 1), or with softmax fusion per layer."""
         exists = (self.use_local_attention, self.num_memory_slots > 0)
         if not any(exists):
             return Shares(None, None, None)
@@ -202,8 +204,8 @@ class RMTAttention(nn.Module):
             first, *rest = at_least_float32(self.fusion_logits).softmax(0).to(hidden_states.dtype).unbind()
         else:
             gates = at_least_float32(self.fusion_gate_proj(hidden_states)).sigmoid().unflatten(-1, (sum(exists), -1))
-            gates = (gates * at_least_float32(self.fusion_scale)).to(hidden_states.dtype)  # (B, L, paths, H)
-            first, rest = None, list(gates[..., None].unbind(2))
+            gates = (gates * at_least_float32(self.fusion_scale)).to(hidden_states.dtype)  # (..., paths, H)
+            first, rest = None, list(gates[..., None].unbind(-3))
         return Shares(first, *(rest.pop(0) if there else None for there in exists))
 
     def _attend_fresh(
@@ -416,21 +418,3 @@ class RMTAttention(nn.Module):
         else:
             head = head.unflatten(0, (len(layout.starts), -1)).transpose(1, 2).flatten(2, 3)
         return layout.restore(head.transpose(1, 2)).transpose(1, 2)
-
-
-def lay_columns(window: torch.Tensor, axis: int, columns: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The window with `new` at its `columns`, (L,) or (B, L), along an axis; in place where no gradient needs the old.
-
-    Written so that a compiled step writes in place too: through a transposed view it would copy the whole window.
-    """
-    in_place = not torch.is_grad_enabled() and not window.requires_grad
-    if not torch.compiler.is_compiling():  # where neither question can be asked
-        in_place &= torch.is_inference_mode_enabled() or not window.is_inference()
-    window = window if in_place else window.clone()
-    if columns.dim() == 1:
-        return window.index_copy_(axis, columns, new)
-    rows = torch.arange(len(columns), device=columns.device)[:, None]
-    if axis == 1:
-        return window.index_put_((rows, columns), new)
-    heads = torch.arange(window.shape[1], device=columns.device)[:, None]
-    return window.index_put_((rows[:, None], heads, columns[:, None]), new)

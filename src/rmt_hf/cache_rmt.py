@@ -16,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout
+from .memory_rmt import ReadableMemory, Slots
 from .saving_rmt import read_record, read_tensors, state_shapes, write_state
 from .state_rmt import LayerState
 
@@ -34,6 +35,20 @@ class RMTCacheLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.state: LayerState | None = None
+        self._readable: tuple[Slots, ReadableMemory] | None = None  # derived from the slots: no part of the state
+
+    def readable_memory(self, dtype: torch.dtype) -> ReadableMemory:
+        """Memory as a step of one token reads it, made anew when the slots are others."""
+        memory = cast(LayerState, self.state).memory
+        if self._readable is not None:
+            source, readable = self._readable
+            # Each step writes into it, which is forbidden outside of inference mode if it was made inside.
+            is_writable = torch.is_inference_mode_enabled() or not readable.keys.is_inference()
+            if source is memory and readable.values.dtype == dtype and is_writable:
+                return readable
+        readable = ReadableMemory.of(memory, dtype)
+        self._readable = memory, readable
+        return readable
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise RuntimeError("An RMTCache is filled by the forward pass of an RMT model; nothing else can initialise it.")
@@ -73,6 +88,7 @@ class RMTCache(Cache):
         self.num_croppable_columns = 0
         self.recent_is_real: torch.Tensor | None = None  # (B, S) bool of the last S columns, for `crop`
         self.num_columns_to_skip = 0  # of the prompt that assisted generation gives next: they have been read
+        self.planned_steps: dict[tuple[int, ...], CallLayout] = {}  # of one token, by positions; no part of the state
         self._free = [True]  # taken out while a call runs
 
     @property

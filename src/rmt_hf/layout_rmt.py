@@ -11,7 +11,8 @@ Shapes: B rows, T columns of the call, L aligned columns, F segments of the call
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
@@ -19,6 +20,7 @@ from .configuration_rmt import RMTConfig
 
 
 FRESH, STEP, SEGMENTS = "fresh", "step", "segments"
+PLANNED_STEPS = 16  # how many steps of one token are planned in one go
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class StepView:
     global_mask: torch.Tensor | None
     local_span: tuple[int, int]
     local_mask: torch.Tensor | None
+
+    def token(self, index: int, length: int) -> "StepView":
+        """The view of one token of `length`, all of one chunk if there are no masks."""
+        columns, place, later = self.columns, slice(index, index + 1), length - 1 - index
+        if columns.dim() == 1:
+            spans = ((start, end - later) for start, end in (self.global_span, self.local_span))
+            return StepView(columns[place], next(spans), None, next(spans), None)
+        masks = (cast(torch.Tensor, mask)[:, :, place] for mask in (self.global_mask, self.local_mask))
+        return StepView(columns[:, place], self.global_span, next(masks), self.local_span, next(masks))
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ class CallLayout:
             None; negative for segments before the stream began.
         window_mask: Form segments only: (B * F, 1, S, (N + 1) * S) bool, or None if every window is whole.
         step: Form step only: where it looks.
+        rotations: Steps of one token that were planned ahead only: rotary encoding of a query and of a key, see
+            `rotation_matrices` of step_rmt.
     """
 
     form: str
@@ -74,6 +87,7 @@ class CallLayout:
     write_position_ids: torch.Tensor | None = None
     window_mask: torch.Tensor | None = None
     step: StepView | None = None
+    rotations: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def align(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) in call columns to (B, L, ...) in aligned columns."""
@@ -127,7 +141,7 @@ def plan_call(
     if not any(starts):
         form, shift, bases = FRESH, [0] * len(starts), [0]
     elif max(offsets) + length <= segment:
-        form, shift, bases = STEP, [0] * len(starts), starts
+        form, shift, bases = STEP, [0] * len(starts), starts if len(set(starts)) > 1 else starts[:1]
     else:
         form, shift = SEGMENTS, offsets
         bases = [start - offset for start, offset in zip(starts, offsets, strict=True)]
@@ -154,6 +168,41 @@ def plan_call(
     reads = config.num_memory_slots > 0 and max(*ends, 1) - 1 >= config.window_length
     clock = (tuple(starts), tuple(ends), position_ids)
     return CallLayout(form, length, num_columns, *clock, reads, take, put, is_real, **extras)
+
+
+def plan_steps(config: RMTConfig, starts: list[int], device: torch.device) -> list[CallLayout]:
+    """The calls of one token per row that come next, planned in one go: what `plan_call` gives for each.
+
+    A plan depends on the positions alone. It is one for a step of several tokens, cut into columns.
+
+    Args:
+        config: `RMTConfig` of the model.
+        starts: Stream position of each row before the first of them; not all 0.
+        device: Where the index tensors go.
+
+    Returns:
+        The layouts, up to PLANNED_STEPS: no row leaves its segment, and rows at one place do not leave their chunk.
+    """
+    unit = config.segment_length if len(set(starts)) > 1 else config.chunk_length
+    length = min(PLANNED_STEPS, unit - max(start % unit for start in starts))
+    whole = plan_call(config, starts, None, length, device)
+    # A compiled step is compiled anew for other strides, and `contiguous` keeps those of an axis of one element.
+    position_ids = whole.position_ids.t()[..., None].clone(memory_format=torch.contiguous_format)  # (L, 1 or B, 1)
+    layouts = []
+    for index in range(length):
+        is_last = index == length - 1
+        layout = replace(
+            whole,
+            length=1,
+            num_columns=1,
+            starts=tuple(start + index for start in starts),
+            ends=tuple(start + index + 1 for start in starts),
+            position_ids=position_ids[index],
+            write_position_ids=whole.write_position_ids if is_last else None,
+            step=cast(StepView, whole.step).token(index, length),
+        )
+        layouts.append(layout)
+    return layouts
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:

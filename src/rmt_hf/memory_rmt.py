@@ -41,6 +41,28 @@ class Slots(NamedTuple):
         return Slots(keys, values, strengths)
 
 
+class ReadableMemory(NamedTuple):
+    """Memory as a step reads it, the null slot first: derived from `Slots` once for all steps until the next write.
+
+    Args:
+        keys: (B * G, 1 + M, D), float32 or wider. The null key is laid in by every step: a parameter may change.
+        values: (B * G, 1 + M, D).
+        strengths: (B * G, 1, 1 + M), float32 or wider.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    strengths: torch.Tensor
+
+    @staticmethod
+    def of(slots: Slots, dtype: torch.dtype) -> "ReadableMemory":
+        """Copies of slots (B, M, G, D) for a call that computes in `dtype`."""
+        keys, values, strengths = (tensor.detach().transpose(1, 2).flatten(0, 1) for tensor in slots)
+        wide = torch.promote_types(dtype, torch.float32)
+        keys, values = (F.pad(tensor, (0, 0, 1, 0)) for tensor in (keys.to(wide), values.to(dtype)))
+        return ReadableMemory(keys, values, F.pad(strengths.to(wide), (1, 0))[:, None])
+
+
 def where_rows(rows: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """(B, ...) from `new` in the rows where `rows`, (B,) bool, is True, and from `old` in the others."""
     return torch.where(rows.reshape(-1, *[1] * (old.dim() - 1)), new, old)
@@ -214,24 +236,20 @@ class RMTMemory(nn.Module):
         strengths = F.pad(strengths, (0, 0, 1, 0))[..., None]  # (B, 1 + M, G, 1)
         return torch.cat([keys, F.pad(strengths, (0, STRENGTH_WIDTH - 1))], -1), values
 
-    def recall(self, queries: torch.Tensor, slots: Slots, scaling: float) -> torch.Tensor:
+    def recall(self, queries: torch.Tensor, memory: ReadableMemory, scaling: float) -> torch.Tensor:
         """Attention of one token per row to memory and the null slot.
 
         Args:
             queries: (B * G, H / G, D).
-            slots: (B, M, G, D).
+            memory: What is read.
             scaling: Factor of the attention scores.
 
         Returns:
-            (B * G, H / G, D).
+            (B * G, H / G, D); exactly zero if memory is empty.
         """
-        wide, (batch, _, heads, width) = at_least_float32(queries), slots.keys.shape
-        keys = at_least_float32(slots.keys).permute(0, 2, 3, 1).reshape(batch * heads, width, -1)
-        strengths = slots.strengths.transpose(1, 2).reshape(batch * heads, 1, -1)
-        null_keys = at_least_float32(self.null_key)[..., None].expand(batch, -1, -1, -1).flatten(0, 1)
-        scores = [torch.bmm(wide, null_keys) * scaling, torch.baddbmm(strengths, wide, keys, alpha=scaling)]
-        weights = torch.cat(scores, -1).softmax(-1)[..., 1:].to(queries.dtype)  # the value of the null slot is zero
-        return torch.bmm(weights, slots.values.transpose(1, 2).reshape(batch * heads, -1, width))
+        memory.keys[:, 0].view(-1, *self.null_key.shape).copy_(self.null_key)
+        scores = torch.baddbmm(memory.strengths, at_least_float32(queries), memory.keys.transpose(1, 2), alpha=scaling)
+        return torch.bmm(scores.softmax(-1).to(queries.dtype), memory.values)
 
     @staticmethod
     def ask(queries: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ Shapes: B rows, T columns of a call, E hidden size, V vocabulary. The walk of on
 (layout_rmt); rotary tables once; the only loop over layers; norm; head.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -46,6 +47,7 @@ from .layout_rmt import SEGMENTS, STEP, CallLayout, fixed_step, plan_call
 from .loss_rmt import check_chunked_loss, chunked_loss
 from .memory_rmt import RMTMemory
 from .state_rmt import LayerState
+from .step_rmt import OneToken, is_plain_step, one_token, planned_step
 
 
 class RMTMLP(nn.Module):
@@ -59,7 +61,9 @@ class RMTMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        flat = hidden_states.flatten(0, 1)  # (B * T, E): a product with more axes costs a decoding step three times as much
+        flat = hidden_states.flatten(
+            0, 1
+        )  # (B * T, E): a product with more axes costs a decoding step three times as much
         return self.down_proj(self.act_fn(self.gate_proj(flat)) * self.up_proj(flat)).view_as(hidden_states)
 
 
@@ -260,7 +264,10 @@ class RMTModel(RMTPreTrainedModel):
         starts = stream_starts(cache, self.config, batch_size)
         is_real = real_columns(attention_mask, cache, batch_size, num_columns)
         inputs_embeds = clear_padding(inputs_embeds, is_real, check=input_ids is None)
-        layout = plan_call(self.config, starts, is_real, num_columns, inputs_embeds.device)
+        if num_columns == 1 and is_real is None and any(starts) and not torch.is_grad_enabled():
+            layout = planned_step(self, cast(RMTCache, cache), starts, inputs_embeds)
+        else:
+            layout = plan_call(self.config, starts, is_real, num_columns, inputs_embeds.device)
         check_position_ids(position_ids, layout, num_columns)
         return inputs_embeds, layout
 
@@ -270,11 +277,16 @@ class RMTModel(RMTPreTrainedModel):
         """The only loop over layers: (B, T, E) to (B, T, E), and the state of each layer after the call."""
         if torch.compiler.is_compiling() and layout.form == STEP and layout.length == 1 and layout.take is None:
             layout = fixed_step(self.config, layout.position_ids)
-        position_embeddings = self.rotary_emb(layout.position_ids, hidden_states.dtype)
+        tokens: Sequence[OneToken | None] = [None] * len(self.layers)
+        position_embeddings: tuple[torch.Tensor, ...] = ()
+        if cache is not None and not output_attentions and is_plain_step(self, layout):
+            tokens = one_token(self, layout, cache, hidden_states.dtype)
+        else:
+            position_embeddings = self.rotary_emb(layout.position_ids, hidden_states.dtype)
         if layout.form == SEGMENTS and layout.write_position_ids is not None:
             position_embeddings += self.rotary_emb(layout.write_position_ids, hidden_states.dtype)
         states = []
-        for index, layer in enumerate(self.layers):
+        for index, (layer, token) in enumerate(zip(self.layers, tokens, strict=True)):
             hidden_states, state = layer(
                 hidden_states,
                 layout=layout,
@@ -282,6 +294,7 @@ class RMTModel(RMTPreTrainedModel):
                 state=None if cache is None else cache.layers[index].state,
                 keep_state=cache is not None,
                 output_attentions=output_attentions,
+                token=token,
             )
             states.append(state)
         return self.norm(hidden_states), states

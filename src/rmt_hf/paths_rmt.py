@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
-from .layout_rmt import StepView, causal_mask
+from .layout_rmt import causal_mask
 from .memory_rmt import Slots, at_least_float32
-from .state_rmt import LayerState
 
 
 PLAIN = (None, "eager", "sdpa")  # implementations that are the same mathematics
@@ -182,54 +181,6 @@ def memory_attention(module: Any, query: torch.Tensor, memory: Slots) -> torch.T
     asked = module.memory.ask(query.unflatten(1, (versions, -1)).flatten(0, 1))
     output, _ = attend(module, asked, keys, values, is_causal=False)
     return output[..., : query.shape[-1]].reshape(query.shape)
-
-
-def is_plain(module: Any) -> bool:
-    """Whether attention is plain mathematics in this call: no gradient, no dropout, no kernel that was asked for.
-
-    A compiled step is left to the kernel as well: what the compiler makes of products of one row is slower.
-    """
-    if torch.is_grad_enabled() or module.training or torch.compiler.is_compiling():
-        return False
-    return module.config._attn_implementation in PLAIN
-
-
-def attend_one_token(
-    module: Any, inputs: Projections, step: StepView, state: LayerState, shares: Shares
-) -> torch.Tensor:
-    """All paths of one token per row, fused: what `attend` and `fuse` give, in fewer and smaller operations.
-
-    Local attention sees some of the keys of global attention, so scores are computed once, and as fusion is a sum, the
-    weights of both are added before they meet the values. A decoding step is nearly all overhead: design.md, section 3.
-
-    Args:
-        inputs: Of length L = 1.
-        state: The state with the token laid into its window.
-
-    Returns:
-        (B, 1, H, D).
-    """
-    batch, _, heads, width = inputs.query.shape
-    key_value_heads, groups = state.keys.shape[1], module.num_key_value_groups
-    flat = (batch * key_value_heads, groups, width)  # (B * G, H / G, D)
-    share_global, share_local, share_memory = (
-        share.reshape(*flat[:2], 1) if share is not None and share.dim() else share for share in shares
-    )
-    start, end = step.global_span
-    keys, values = state.keys[:, :, start:end].flatten(0, 1), state.values[:, :, start:end].flatten(0, 1)
-    scores = torch.bmm(inputs.query.view(flat) * module.scaling, keys.transpose(1, 2))
-    weights = masked_softmax(scores, step.global_mask, key_value_heads)
-    if share_global is not None:
-        weights = weights * share_global
-    if share_local is not None:
-        first = step.local_span[0] - start
-        near = masked_softmax(scores[..., first:], step.local_mask, key_value_heads)
-        weights[..., first:].addcmul_(near, share_local)
-    output = torch.bmm(weights, values)
-    if share_memory is not None and inputs.memory_query is not None:
-        recalled = module.memory.recall(inputs.memory_query.view(flat), state.memory, module.scaling)
-        output = torch.addcmul(output, share_memory, recalled)
-    return output.view(batch, 1, heads, width)
 
 
 def masked_softmax(scores: torch.Tensor, mask: torch.Tensor | None, num_heads: int) -> torch.Tensor:

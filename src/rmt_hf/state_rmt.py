@@ -91,3 +91,26 @@ class LayerState(NamedTuple):
 
         keys, values, scores = map(clear, self[:3])
         return LayerState(keys, values, scores, forget(self.memory), forget(self.previous_memory))
+
+
+def owned(window: torch.Tensor) -> torch.Tensor:
+    """The window if it may be written in place, because no gradient needs what it holds; else a copy."""
+    in_place = not torch.is_grad_enabled() and not window.requires_grad
+    if not torch.compiler.is_compiling():  # where neither question can be asked
+        in_place = in_place and (torch.is_inference_mode_enabled() or not window.is_inference())
+    return window if in_place else window.clone()
+
+
+def lay_columns(window: torch.Tensor, axis: int, columns: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """The window with `new` at its `columns`, (L,) or (B, L), along an axis; in place where no gradient needs the old.
+
+    Written so that a compiled step writes in place too: through a transposed view it would copy the whole window.
+    """
+    window = owned(window)
+    if columns.dim() == 1:
+        return window.index_copy_(axis, columns, new)
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    if axis == 1:
+        return window.index_put_((rows, columns), new)
+    heads = torch.arange(window.shape[1], device=columns.device)[:, None]
+    return window.index_put_((rows[:, None], heads, columns[:, None]), new)

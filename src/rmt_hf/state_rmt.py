@@ -95,10 +95,11 @@ class LayerState(NamedTuple):
 
 def owned(window: torch.Tensor) -> torch.Tensor:
     """The window if it may be written in place, because no gradient needs what it holds; else a copy."""
-    in_place = not torch.is_grad_enabled() and not window.requires_grad
-    if not torch.compiler.is_compiling():  # where neither question can be asked
-        in_place = in_place and (torch.is_inference_mode_enabled() or not window.is_inference())
-    return window if in_place else window.clone()
+    if window.requires_grad or torch.is_grad_enabled():
+        return window.clone()
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not window.is_inference():
+        return window
+    return window.clone()
 
 
 def lay_columns(window: torch.Tensor, axis: int, columns: torch.Tensor, new: torch.Tensor) -> torch.Tensor:

@@ -104,19 +104,16 @@ def attend_one_token(
     Returns:
         (B, H * D), and the state.
     """
-    query, key = _heads(module, "q", hidden_states), _heads(module, "k", hidden_states)
-    query, key = (_rotate(*pair) for pair in zip((query, key), token.rotations, strict=True))
+    query, key = _rotated(module, "q", hidden_states, token), _rotated(module, "k", hidden_states, token)
     state = _lay(module, hidden_states, key, step, state.to(key.dtype))
-    cells = (-1, module.num_key_value_groups, module.head_dim)  # (B * G, H / G, D)
-    shares = (
+    num_heads, cells = state.keys.shape[1], (-1, module.num_key_value_groups, module.head_dim)  # (B * G, H / G, D)
+    share_global, share_local, share_memory = (
         share.reshape(*cells[:2], 1) if share is not None and share.dim() else share
         for share in module._shares(hidden_states)
     )
-    share_global, share_local, share_memory = shares
     start, end = step.global_span
     keys, values = state.keys[:, :, start:end].flatten(0, 1), state.values[:, :, start:end].flatten(0, 1)
     scores = torch.bmm(query.view(cells), keys.transpose(1, 2))
-    num_heads = state.keys.shape[1]
     weights = masked_softmax(scores, step.global_mask, num_heads)
     if share_global is not None:
         weights = weights * share_global
@@ -137,11 +134,12 @@ def _heads(module: Any, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
     return getattr(module, f"{name}_norm")(states) if module.use_qk_norm else states
 
 
-def _rotate(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Rotary encoding of (B * heads, D)."""
+def _rotated(module: Any, name: str, hidden_states: torch.Tensor, token: OneToken) -> torch.Tensor:
+    """(B * heads, D) of a projection with rotary encoding."""
+    states, rotation = _heads(module, name, hidden_states), token.rotations[name == "k"]
     if rotation.dim() == 2:
         return states.mm(rotation)
-    return states.view(len(rotation), -1, states.shape[1]).bmm(rotation).flatten(0, 1)
+    return states.view(len(rotation), -1, module.head_dim).bmm(rotation).flatten(0, 1)
 
 
 def _lay(module: Any, hidden_states: torch.Tensor, key: torch.Tensor, step: StepView, state: LayerState) -> LayerState:

@@ -119,7 +119,9 @@ def test_resized_embeddings_take_the_new_ids(tied: bool, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"0 \.\. 79, got 5 \.\. 80"):
         model(torch.tensor([[5, 80]]))
     model.save_pretrained(tmp_path)
-    assert torch.equal(RMTForCausalLM.from_pretrained(tmp_path)(new_ids).logits, model(new_ids).logits)
+    again = RMTForCausalLM.from_pretrained(tmp_path)
+    # The order of sums of a few tokens depends on the class of the head, which resizing changes, and on alignment.
+    torch.testing.assert_close(again(new_ids).logits, model(new_ids).logits, **CLOSE)
     model.resize_token_embeddings(40)
     with pytest.raises(ValueError, match=r"0 \.\. 39"):
         model(torch.tensor([[40]]))

@@ -28,7 +28,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_rmt import RMTAttention, RMTFusionGate, RMTRMSNorm, RMTRotaryEmbedding, rotary_turns
+from .attention_rmt import RMTAttention, RMTFusionGate, RMTLinear, RMTRMSNorm, RMTRotaryEmbedding, rotary_turns
 from .cache_rmt import RMTCache
 from .configuration_rmt import RMTConfig
 from .generation_rmt import RMTGeneration
@@ -55,9 +55,9 @@ class RMTMLP(nn.Module):
 
     def __init__(self, config: RMTConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = RMTLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = RMTLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = RMTLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -342,7 +342,7 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
     def __init__(self, config: RMTConfig) -> None:
         super().__init__(config)
         self.model = RMTModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = RMTLinear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple

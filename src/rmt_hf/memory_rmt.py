@@ -20,7 +20,7 @@ GATE_STRETCH = 0.1  # how far the sigmoid of the gate reaches beyond 0 and 1 bef
 class Slots(NamedTuple):
     """Memory slots, oldest first along the slot axis. A slot that was never written has strength -inf.
 
-    The tensors in a state are never changed in place: put other slots there, because steps keep what they made of these.
+    The tensors in a state are never changed in place: put other slots there. Steps keep what they made of these.
 
     Args:
         keys: (..., M, G, D), without rotary encoding, dtype of the model.

@@ -374,7 +374,7 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
             RuntimeError: As `RMTModel.forward`, and if `config.use_chunked_loss` meets a torch before 2.13.
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
-        in_chunks = labels is not None and self.config.use_chunked_loss and type(self.lm_head) is nn.Linear
+        in_chunks = labels is not None and self.config.use_chunked_loss and type(self.lm_head) in (nn.Linear, RMTLinear)
         if in_chunks:
             check_chunked_loss()
         outputs = self.model(

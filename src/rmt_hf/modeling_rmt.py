@@ -63,7 +63,7 @@ class RMTMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         flat = hidden_states.flatten(
             0, 1
-        )  # (B * T, E): a product with more axes costs a decoding step three times as much
+        )  # with one more axis, the products of a decoding step take three times as long
         return self.down_proj(self.act_fn(self.gate_proj(flat)) * self.up_proj(flat)).view_as(hidden_states)
 
 

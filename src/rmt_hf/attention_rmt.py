@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
-from .layout_rmt import FRESH, CallLayout, StepView
-from .memory_rmt import RMTMemory, Slots, at_least_float32, empty_slots
+from .layout_rmt import FRESH, SEGMENTS, CallLayout, StepView
+from .memory_rmt import RMTMemory, Slots, at_least_float32, empty_slots, forget_slots
 from .paths_rmt import (
     Paths,
     Projections,
@@ -190,6 +190,9 @@ class RMTAttention(nn.Module):
         shares = self._shares(hidden_states)
         state = None if state is None else state.to(inputs.key.dtype)
         blocks: tuple = (None, None)
+        if state is None and layout.form == SEGMENTS:  # documents begin inside the rows of new streams
+            columns = self.window_length + self.segment_length
+            state = LayerState.empty(inputs.key, inputs.scores, columns, self.num_memory_slots)
         if state is None or layout.form == FRESH:
             paths, blocks, state = self._attend_fresh(inputs, layout, keep_state)
             fused = fuse(shares, paths)
@@ -302,15 +305,34 @@ class RMTAttention(nn.Module):
         if rounds is not None and write_rotary:
             written = slice(segment, segment + write_rotary[0].shape[1])
             unrotated = rotate(keys[:, written], write_rotary[0], -write_rotary[1])
-            begun = layout.begun(segment)
-            rounds = self._write_segments(state.memory, unrotated, values[:, written], scores[:, written], begun)
+            begun, meets_empty = layout.begun(segment), self._meets_empty(layout)
+            rounds = self._write_segments(
+                state.memory, unrotated, values[:, written], scores[:, written], begun, meets_empty
+            )
         if rounds is not None and inputs.memory_query is not None:
             versions = torch.arange(layout.length // segment, device=offsets.device)
-            from_memory = memory_attention(self, inputs.memory_query, self.memory.version(rounds, versions))
-        writes = [end // segment - start // segment for start, end in zip(layout.starts, layout.ends, strict=True)]
+            memory = self._memory_after(rounds, versions, versions[None], layout)
+            from_memory = memory_attention(self, inputs.memory_query, memory)
+        writes = layout.turns(segment)
         firsts = [count * segment for count in writes]
         state = self._closing_state((keys, values, scores), layout, firsts, rounds, writes, state.previous_memory)
         return Paths(outputs, from_local, from_memory), (weights, None), state
+
+    def _meets_empty(self, layout: CallLayout) -> torch.Tensor | None:
+        """Which of the segments that a call writes find the ring place of an earlier document, (B, W) bool."""
+        written = torch.arange(layout.length // self.segment_length, device=layout.position_ids.device)
+        written = written[None] - self.num_lookback_segments
+        return layout.other_documents(written - self.memory.blocks, written)
+
+    def _memory_after(self, rounds: Slots, num_writes: torch.Tensor, of: torch.Tensor, layout: CallLayout) -> Slots:
+        """Memory (B, V, M, G, D) after a number of writes, (V,) or (B, V), as aligned segments `of` may see it."""
+        memory = self.memory.version(rounds, num_writes)
+        if layout.origins is None:
+            return memory
+        blocks = torch.arange(-self.memory.blocks, 0, device=num_writes.device)  # oldest first
+        held = num_writes.reshape(-1, num_writes.shape[-1], 1) + blocks - self.num_lookback_segments
+        hidden = cast(torch.Tensor, layout.other_documents(held, of))
+        return forget_slots(memory, hidden.repeat_interleave(memory.strengths.shape[2] // self.memory.blocks, 2))
 
     @staticmethod
     def _lay(inputs: Projections, step: StepView, state: LayerState) -> LayerState:
@@ -371,6 +393,7 @@ class RMTAttention(nn.Module):
         values: torch.Tensor,
         scores: torch.Tensor,
         begun: torch.Tensor | None = None,
+        meets_empty: torch.Tensor | None = None,
     ) -> Slots:
         """Condenses and writes W segments, (B, W * S, ...); `begun` (B, W) is False before a stream began."""
         segments = (states.unflatten(1, (-1, self.segment_length)) for states in (keys, values, scores))
@@ -382,7 +405,7 @@ class RMTAttention(nn.Module):
                 candidates.values.masked_fill(hidden[..., None], 0),
                 candidates.strengths.masked_fill(hidden, -torch.inf),
             )
-        return self.memory.write(memory, candidates)
+        return self.memory.write(memory, candidates, meets_empty)
 
     def _closing_state(
         self,
@@ -399,6 +422,8 @@ class RMTAttention(nn.Module):
             self.window_length + self.segment_length, device=frame[0].device
         )
         outside = (columns < 0) | (columns >= frame[0].shape[1])
+        if layout.origins is not None:
+            outside |= columns < (layout.origins[:, -1:] + self.num_lookback_segments + 1) * self.segment_length
         columns = columns.clamp(0, frame[0].shape[1] - 1)
         keys, values, scores = (
             states[rows, columns].masked_fill(outside.reshape(*outside.shape, *[1] * (states.dim() - 2)), 0)
@@ -409,8 +434,9 @@ class RMTAttention(nn.Module):
             none = empty_slots(frame[0], 0)
             return LayerState(keys, values, scores, none, none)
         counts = layout.per_row(writes)
+        last = torch.full_like(counts[:, None], layout.length // self.segment_length)
         memory, before = (
-            self.memory.version(rounds, number[:, None]).map(lambda tensor: tensor[:, 0])
+            self._memory_after(rounds, number[:, None], last, layout).map(lambda tensor: tensor[:, 0])
             for number in (counts, (counts - 1).clamp_min(0))
         )
         if previous is not None:

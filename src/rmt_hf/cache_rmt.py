@@ -160,6 +160,8 @@ class RMTCache(Cache):
             is_real = states[0].keys.new_ones(batch_size, num_columns, dtype=torch.bool)
         if recent is None:
             recent = is_real.new_zeros(batch_size, segment)
+        if layout.remembered is not None:  # what is before the last document of a row cannot be taken back
+            is_real, recent = is_real & layout.remembered, recent & layout.remembered[:, :1]
         self.recent_is_real = torch.cat([recent[:, num_columns:], is_real[:, -segment:]], 1)
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state

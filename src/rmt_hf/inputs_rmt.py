@@ -8,7 +8,6 @@ from torch import nn
 
 from .cache_rmt import RMTCache, check_fingerprint, state_fingerprint
 from .configuration_rmt import RMTConfig
-from .layout_rmt import CallLayout
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
@@ -91,33 +90,6 @@ def clear_padding(inputs_embeds: torch.Tensor, is_real: torch.Tensor | None, che
     if check and not inputs_embeds.is_meta and not inputs_embeds.isfinite().all():
         raise ValueError("inputs_embeds must be finite, got NaN or infinity: check what produced them.")
     return inputs_embeds
-
-
-def check_position_ids(position_ids: torch.Tensor | None, layout: CallLayout, columns: int) -> None:
-    """Refuses stream positions that are not those the state is at."""
-    if position_ids is None:
-        return
-    shapes = {(1, columns), (len(layout.starts), columns)}
-    if tuple(position_ids.shape) not in shapes:
-        raise ValueError(
-            f"position_ids must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}, got "
-            f"{tuple(position_ids.shape)}: leave position_ids out, the state counts real tokens itself."
-        )
-    if layout.is_real is None:
-        expected = layout.per_row(layout.starts)[:, None] + torch.arange(columns, device=position_ids.device)
-        wrong = position_ids != expected
-    else:
-        expected = layout.per_row(layout.starts)[:, None] + layout.is_real.cumsum(1) - 1
-        wrong = (position_ids != expected) & layout.is_real
-    if wrong.any():
-        row, column = wrong.nonzero()[0].tolist()
-        got = position_ids.expand_as(expected)[row, column]
-        raise ValueError(
-            f"position_ids contradict the state: row {row}, column {column} is at {expected[row, column]} of its "
-            f"stream, got {got}. Leave position_ids out: the state counts real tokens itself. "
-            "(`generate` makes them from attention_mask: give it one, or every padding id counts as padding.) "
-            "Several documents packed into one row are not supported: give each its own row."
-        )
 
 
 def check_labels(labels: torch.Tensor | None, inputs: torch.Tensor | None) -> None:

@@ -72,6 +72,9 @@ class CallLayout:
         step: Form step only: where it looks.
         rotations: Steps of one token that were planned ahead only: rotary encoding of a query and of a key, see
             `rotation_matrices` of step_rmt.
+        origins: Aligned segment in which the document of each aligned segment began, negative before the call, (B, F)
+            int64; None if no document begins inside the call.
+        remembered: Which columns of the call are of the last document of their row, (B, T) bool; None if all are.
     """
 
     form: str
@@ -88,6 +91,8 @@ class CallLayout:
     window_mask: torch.Tensor | None = None
     step: StepView | None = None
     rotations: tuple[torch.Tensor, torch.Tensor] | None = None
+    origins: torch.Tensor | None = None
+    remembered: torch.Tensor | None = None
 
     def align(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) in call columns to (B, L, ...) in aligned columns."""
@@ -111,6 +116,28 @@ class CallLayout:
     def begun(self, segment_length: int) -> torch.Tensor | None:
         """Which of the segments that may be written lie in their streams, (B, W) bool; False before a stream began."""
         return None if self.write_position_ids is None else self.write_position_ids[:, ::segment_length] >= 0
+
+    def turns(self, segment_length: int) -> list[int]:
+        """Number of segment ends that each row passes in the call."""
+        begins = [-(start // segment_length) for start in self.starts]
+        if self.origins is not None:
+            begins = self.origins[:, -1].tolist()
+        return [begin + end // segment_length for begin, end in zip(begins, self.ends, strict=True)]
+
+    def other_documents(self, segments: torch.Tensor, of: torch.Tensor) -> torch.Tensor | None:
+        """Whether what was written of one aligned segment is of an earlier document than another, (B, ...) bool.
+
+        Args:
+            segments: (B or 1, V, ...) the written ones.
+            of: (B or 1, V) the others; beyond the call, the last one counts.
+
+        Returns:
+            None if no document begins inside the call.
+        """
+        if self.origins is None:
+            return None
+        of = of.clamp(0, self.origins.shape[1] - 1).expand(len(self.origins), -1)
+        return segments < self.origins.gather(1, of).reshape(*of.shape, *[1] * (segments.dim() - 2))
 
     def due_rows(self, segment_length: int) -> torch.Tensor | None:
         """Form step only: the rows whose segment ends with this call, (B,) bool; None if there are none."""

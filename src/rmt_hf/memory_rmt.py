@@ -65,6 +65,14 @@ class ReadableMemory(NamedTuple):
         return ReadableMemory(keys, values, F.pad(strengths.to(wide), (1, 0))[:, None])
 
 
+def forget_slots(slots: Slots, hidden: torch.Tensor | None) -> Slots:
+    """Slots (..., M, G, D), those where `hidden`, (..., M) bool, is True as if they had never been written."""
+    if hidden is None:
+        return slots
+    keys, values = (states.masked_fill(hidden[..., None, None], 0) for states in slots[:2])
+    return Slots(keys, values, slots.strengths.masked_fill(hidden[..., None], -torch.inf))
+
+
 def where_rows(rows: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     """(B, ...) from `new` in the rows where `rows`, (B,) bool, is True, and from `old` in the others."""
     return torch.where(rows.reshape(-1, *[1] * (old.dim() - 1)), new, old)
@@ -156,7 +164,7 @@ class RMTMemory(nn.Module):
         best = scores.sort(dim=3, descending=True, stable=True).indices[:, :, :, : self.slots_per_chunk]
         return best.sort(dim=3).values
 
-    def write(self, memory: Slots, candidates: Slots | None) -> Slots:
+    def write(self, memory: Slots, candidates: Slots | None, meets_empty: torch.Tensor | None = None) -> Slots:
         """Writes W segments one after the other and keeps every stage, for `version` to read.
 
         Ring positions do not depend on each other, so one step writes as many segments as the ring holds: M / K.
@@ -164,6 +172,7 @@ class RMTMemory(nn.Module):
         Args:
             memory: (B, M, G, D).
             candidates: (B, W, K, G, D), or None to write nothing.
+            meets_empty: (B, W) bool, the segments that find an empty place whatever is there; None for none.
 
         Returns:
             Slots (B, (rounds + 1) * M / K, K, G, D): the ring as blocks of K slots before and after each round.
@@ -171,8 +180,13 @@ class RMTMemory(nn.Module):
         rounds = [memory.map(lambda tensor: tensor.unflatten(1, (self.blocks, -1)))]
         if candidates is not None:
             pieces = zip(*(tensor.split(self.blocks, 1) for tensor in candidates), strict=True)
-            for keys, values, strengths in pieces:
-                rounds.append(self._gate(rounds[-1], Slots(keys, values, strengths)))
+            for number, piece in enumerate(pieces):
+                old = rounds[-1]
+                if meets_empty is not None:
+                    begins = meets_empty[:, number * self.blocks :][:, : piece[0].shape[1]]
+                    hidden = F.pad(begins, (0, self.blocks - begins.shape[1]))[..., None]
+                    old = forget_slots(old, hidden.expand(-1, -1, old.keys.shape[2]))
+                rounds.append(self._gate(old, Slots(*piece)))
         return Slots(*(torch.cat(stages, 1) for stages in zip(*rounds, strict=True)))
 
     def _gate(self, old: Slots, new: Slots) -> Slots:

@@ -37,7 +37,6 @@ from .inputs_rmt import (
     check_cache_type,
     check_ids,
     check_labels,
-    check_position_ids,
     clear_padding,
     real_columns,
     refuse_reentrant_checkpoints,
@@ -46,6 +45,7 @@ from .inputs_rmt import (
 from .layout_rmt import SEGMENTS, STEP, CallLayout, fixed_step, plan_call
 from .loss_rmt import check_chunked_loss, chunked_loss
 from .memory_rmt import RMTMemory
+from .packing_rmt import find_restarts, plan_packed_call
 from .state_rmt import LayerState
 from .step_rmt import OneToken, is_plain_step, one_token, planned_step
 
@@ -220,7 +220,8 @@ class RMTModel(RMTPreTrainedModel):
         Args:
             input_ids: (B, T) int64; this or `inputs_embeds`.
             attention_mask: (B, T) for this call, or (B, columns read before + T); 0 at padding, which may be anywhere.
-            position_ids: (B or 1, T) stream positions of the real tokens; only checked against the state.
+            position_ids: (B or 1, T) stream positions of the real tokens, checked against the state. Where they go back
+                to 0, at a segment start, a new document begins, which sees nothing of what is before it.
             past_key_values: The state of the B streams, changed by the call; None begins new streams.
             inputs_embeds: (B, T, E) instead of `input_ids`.
             use_cache: Whether to return a state although none was given.
@@ -264,12 +265,12 @@ class RMTModel(RMTPreTrainedModel):
         starts = stream_starts(cache, self.config, batch_size)
         is_real = real_columns(attention_mask, cache, batch_size, num_columns)
         inputs_embeds = clear_padding(inputs_embeds, is_real, check=input_ids is None)
+        restarts = find_restarts(position_ids, starts, is_real, num_columns, self.config.segment_length)
+        if restarts is not None:
+            return inputs_embeds, plan_packed_call(self.config, starts, is_real, restarts)
         if num_columns == 1 and is_real is None and any(starts) and not torch.is_grad_enabled():
-            layout = planned_step(self, cast(RMTCache, cache), starts, inputs_embeds)
-        else:
-            layout = plan_call(self.config, starts, is_real, num_columns, inputs_embeds.device)
-        check_position_ids(position_ids, layout, num_columns)
-        return inputs_embeds, layout
+            return inputs_embeds, planned_step(self, cast(RMTCache, cache), starts, inputs_embeds)
+        return inputs_embeds, plan_call(self.config, starts, is_real, num_columns, inputs_embeds.device)
 
     def _run_layers(
         self, hidden_states: torch.Tensor, layout: CallLayout, cache: RMTCache | None, output_attentions: bool

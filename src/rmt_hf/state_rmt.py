@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .memory_rmt import Slots, where_rows
+from .memory_rmt import Slots, at_least_float32, empty_slots, where_rows
 
 
 class LayerState(NamedTuple):
@@ -56,6 +56,22 @@ class LayerState(NamedTuple):
         """One state of all the streams of several, in order."""
         stacked = [torch.cat(tensors) for tensors in zip(*(state.tensors() for state in states), strict=True)]
         return LayerState.from_tensors(stacked)
+
+    @staticmethod
+    def empty(keys: torch.Tensor, scores: torch.Tensor, num_columns: int, num_slots: int) -> "LayerState":
+        """The state of streams that have read nothing.
+
+        Args:
+            keys: (B, L, G, D), for their rows, heads, dtype and device.
+            scores: (B, L, ...), for what the write will need.
+            num_columns: (N + 2) * S.
+            num_slots: M.
+        """
+        batch, _, heads, width = keys.shape
+        window = keys.new_zeros(batch, heads, num_columns, width)
+        scores = at_least_float32(scores).new_zeros(batch, num_columns, *scores.shape[2:])
+        memory = empty_slots(keys, num_slots)
+        return LayerState(window, window.clone(), scores, memory, memory.map(torch.clone))
 
     @staticmethod
     def from_tensors(tensors: list[torch.Tensor]) -> "LayerState":

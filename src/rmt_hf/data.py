@@ -1,19 +1,27 @@
-"""From texts to rows of token ids: a byte-level BPE tokenizer, and long rows that never cross from one text to another.
+"""From texts, pairs and chats to documents of token ids, and from documents to rows in which none sees another.
 
-A home file: it does not travel with the weights.
+A document is a row with `input_ids` and, where not every token is to be learned, `labels`. Data sets may be map-style
+or streaming: what is done is the same, and does not depend on how many processes do it. A home file.
 """
 
 import importlib.util
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from numpy.typing import ArrayLike
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 
 END_OF_TEXT = "<|endoftext|>"
+IGNORED = -100  # the label of what is not to be learned
+
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> PreTrainedTokenizerFast:
@@ -63,20 +71,182 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     return torch.tensor([0 if token in special else len(token) for token in tokens])
 
 
-def tokenize(texts: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
+def _column_names(dataset: AnyDataset) -> list[str]:
+    return dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its own
+
+
+def _map(dataset: AnyDataset, function: Callable, removed: list[str], description: str) -> AnyDataset:
+    """`dataset.map` in batches; a stream does the same when it is read."""
+    missing = [name for name in removed if name not in _column_names(dataset)]
+    if missing:
+        raise ValueError(
+            f"The data set must have the columns {removed}, got {_column_names(dataset)}: rename_column gives a column "
+            "another name."
+        )
+    in_memory = {} if isinstance(dataset, IterableDataset) else {"keep_in_memory": True, "desc": description}
+    return dataset.map(function, batched=True, remove_columns=removed, **in_memory)
+
+
+def tokenize(texts: AnyDataset, tokenizer: PreTrainedTokenizerFast) -> AnyDataset:
     """The texts with a column `input_ids` instead of `text`; other columns stay.
 
     Args:
         texts: With a column `text`, a whole document in each row.
         tokenizer: What to cut the texts with.
+
+    Raises:
+        ValueError: If there is no such column.
     """
-    return texts.map(
-        lambda batch: {"input_ids": tokenizer(batch["text"], return_attention_mask=False)["input_ids"]},
-        batched=True,
-        remove_columns="text",
-        keep_in_memory=True,
-        desc="Tokenizing",
-    )
+
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        return {"input_ids": tokenizer(batch["text"], return_attention_mask=False)["input_ids"]}
+
+    return _map(texts, cut, ["text"], "Tokenizing")
+
+
+def tokenize_completions(pairs: AnyDataset, tokenizer: PreTrainedTokenizerFast) -> AnyDataset:
+    """The pairs with columns `input_ids` and `labels`, which are -100 in the prompt; other columns stay.
+
+    Prompt and completion are cut as one text; a token with characters of both is of the prompt.
+
+    Args:
+        pairs: With text columns `prompt` and `completion`.
+        tokenizer: A fast one, which knows where its tokens are in the text. It ends no text by itself: put the
+            end-of-text token behind the completions if the model is to learn to stop.
+
+    Raises:
+        ValueError: If there are no such columns.
+    """
+
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        whole = [prompt + completion for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)]
+        encoded = tokenizer(whole, return_attention_mask=False, return_offsets_mapping=True)
+        all_ids: list[list[int]] = encoded["input_ids"]
+        labels = [
+            [number if first >= len(prompt) else IGNORED for number, (first, _) in zip(ids, places, strict=True)]
+            for ids, places, prompt in zip(all_ids, encoded["offset_mapping"], batch["prompt"], strict=True)
+        ]
+        return {"input_ids": all_ids, "labels": labels}
+
+    return _map(pairs, cut, ["prompt", "completion"], "Tokenizing pairs")
+
+
+def tokenize_chats(chats: AnyDataset, tokenizer: PreTrainedTokenizerFast, all_turns: bool = False) -> AnyDataset:
+    """The chats with columns `input_ids` and `labels`, which are -100 outside the turns of the assistant.
+
+    Args:
+        chats: With a column `messages`, lists of `{"role": ..., "content": ...}`.
+        tokenizer: One with a chat template, which marks what the assistant says with `{% generation %}`.
+        all_turns: Whether everything is to be learned; the template then needs no marks.
+
+    Raises:
+        ValueError: If there is no such column, no template, or no mark in it.
+    """
+    template = tokenizer.get_chat_template()
+    if not all_turns and not re.search(r"\{%-?\s*generation\b", template):
+        raise ValueError(
+            "tokenizer.chat_template must mark the turns of the assistant with {% generation %} ... "
+            "{% endgeneration %}, got one without: put the marks in, or learn all turns with all_turns=True."
+        )
+
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        encoded: Any = tokenizer.apply_chat_template(
+            batch["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=not all_turns
+        )
+        if all_turns:
+            return {"input_ids": encoded["input_ids"], "labels": encoded["input_ids"]}
+        labels = [
+            [number if said else IGNORED for number, said in zip(ids, mask, strict=True)]
+            for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        ]
+        return {"input_ids": encoded["input_ids"], "labels": labels}
+
+    return _map(chats, cut, ["messages"], "Tokenizing chats")
+
+
+def pack(documents: AnyDataset, row_length: int, segment_length: int) -> AnyDataset:
+    """Rows of `row_length` columns with several documents in each, of which none sees another.
+
+    Each document begins at a segment start, where `position_ids` go back to 0, and is padded to whole segments. Longer
+    ones than a row are cut, and each part is a document. A thousand documents at a time are packed, the longest first.
+
+    Args:
+        documents: With a column `input_ids` and, if not every token is to be learned, `labels`.
+        row_length: A multiple of `segment_length`.
+        segment_length: `config.segment_length` of the model.
+
+    Returns:
+        Rows with `input_ids`, `attention_mask`, `position_ids` and `labels`, which are -100 at padding and where a
+        document begins.
+
+    Raises:
+        ValueError: If the rows are no whole segments, or there is no column `input_ids`.
+    """
+    if row_length <= 0 or segment_length <= 0 or row_length % segment_length:
+        raise ValueError(
+            f"row_length must be a multiple of segment_length ({segment_length}), so that documents begin at segment "
+            f"starts; got {row_length}."
+        )
+
+    def fill(batch: dict[str, list]) -> dict[str, list]:
+        labels = batch.get("labels", batch["input_ids"])
+        parts = [
+            document_columns(ids[start : start + row_length], own[start : start + row_length], segment_length)
+            for ids, own in zip(batch["input_ids"], labels, strict=True)
+            for start in range(0, len(ids), row_length)
+        ]
+        rows: list[list[dict[str, np.ndarray]]] = []
+        free: list[int] = []
+        for part in sorted(parts, key=lambda part: -len(part["input_ids"])):
+            size = len(part["input_ids"])
+            place = next((index for index, room in enumerate(free) if room >= size), len(rows))
+            if place == len(rows):
+                rows.append([])
+                free.append(row_length)
+            rows[place].append(part)
+            free[place] -= size
+        whole = [join_columns(row, row_length) for row in rows]
+        return {name: [row[name].tolist() for row in whole] for name in PADDING}
+
+    others: list[str] = [name for name in _column_names(documents) if name != "input_ids"]
+    return _map(documents, fill, ["input_ids", *others], "Packing")
+
+
+# The columns of a row, and what they hold at padding.
+PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "labels": IGNORED}
+
+
+def document_columns(
+    ids: ArrayLike, labels: ArrayLike, segment_length: int, start: int = 0, stop: int | None = None
+) -> dict[str, np.ndarray]:
+    """Columns `start` to `stop` of a document padded to whole segments, int64 each; nothing predicts its first token.
+
+    Raises:
+        ValueError: If `labels` are not as many as `ids`.
+    """
+    numbers, own = np.asarray(ids, dtype=np.int64), np.asarray(labels, dtype=np.int64)
+    if len(own) != len(numbers):
+        raise ValueError(
+            f"labels must be as many as the input_ids of their document ({len(numbers)}), got {len(own)}: they are not "
+            "shifted, and -100 where nothing is to be learned."
+        )
+    padded = -(-len(numbers) // segment_length) * segment_length
+    stop = padded if stop is None else min(stop, padded)
+    numbers, own = numbers[start:stop], own[start:stop].copy()
+    if start == 0:
+        own[:1] = IGNORED
+    given = (numbers, np.ones_like(numbers), np.arange(start, start + len(numbers)), own)
+    return join_columns([dict(zip(PADDING, given, strict=True))], stop - start)
+
+
+def join_columns(parts: list[dict[str, np.ndarray]], length: int) -> dict[str, np.ndarray]:
+    """Columns of several parts one after the other, padded to `length`."""
+    joined = {}
+    for name, padding in PADDING.items():
+        values = [part[name] for part in parts]
+        missing = length - sum(map(len, values))
+        joined[name] = np.concatenate([*values, np.full(missing, padding, np.int64)])
+    return joined
 
 
 def cut_into_rows(documents: Dataset, row_length: int) -> Dataset:

@@ -55,8 +55,8 @@ def find_restarts(
             f"position_ids contradict the state: row {row}, column {column} is at {expected[row, column]} of its "
             f"stream, got {given[row, column]}. Leave position_ids out: the state counts real tokens itself. "
             "(`generate` makes them from attention_mask: give it one, or every padding id counts as padding.) "
-            "Documents packed into one row begin at 0, each at a segment start; a new document at the beginning of the call "
-            "wants `past_key_values.reset(rows=...)`, or its own row."
+            "Documents packed into one row begin at 0, each at a segment start; a new document at the beginning of the "
+            "call wants `past_key_values.reset(rows=...)`, or its own row."
         )
     if (wrong := restarts & ((begun + columns) % segment_length != 0)).any():
         row, column = wrong.nonzero()[0].tolist()

@@ -1,5 +1,7 @@
 """Recurrent memory-augmented transformers for the Hugging Face ecosystem: public names and their registration."""
 
+from typing import TYPE_CHECKING
+
 import transformers
 
 from .cache_rmt import RMTCache
@@ -15,6 +17,9 @@ from .modeling_rmt import (
 )
 
 
+if TYPE_CHECKING:
+    from .training import RMTTrainer, RMTTrainingArguments, StreamSchedule
+
 transformers.AutoConfig.register(RMTConfig.model_type, RMTConfig, exist_ok=True)
 for _auto_class, (_model_class, _) in AUTO_CLASSES.items():
     getattr(transformers, _auto_class).register(RMTConfig, _model_class, exist_ok=True)
@@ -28,4 +33,16 @@ __all__ = [
     "RMTForTokenClassification",
     "RMTModel",
     "RMTPreTrainedModel",
+    "RMTTrainer",
+    "RMTTrainingArguments",
+    "StreamSchedule",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Training is imported when it is asked for: it needs `datasets`, and the model does not."""
+    if name in ("RMTTrainer", "RMTTrainingArguments", "StreamSchedule"):
+        from . import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

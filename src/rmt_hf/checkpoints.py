@@ -1,0 +1,79 @@
+"""Training checkpoints that are whole or not there: written aside, renamed into place, checked before they are used.
+
+A whole checkpoint holds a record of the hashes of its files, written last. A home file.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.utils import logging
+
+
+RECORD_NAME = "rmt_checkpoint.json"
+UNFINISHED = ".unfinished"  # where checkpoints are written; no name that a Trainer takes for one
+
+logger = logging.get_logger(__name__)
+
+
+def seal_checkpoint(folder: Path) -> None:
+    """Writes the record of a checkpoint, after which it counts as whole."""
+    files = {name: _digest(folder / name) for name in _file_names(folder)}
+    temporary = folder / f"{RECORD_NAME}.unfinished"
+    temporary.write_text(json.dumps({"format_version": 1, "sha256": files}, indent=1) + "\n", "utf-8")
+    temporary.replace(folder / RECORD_NAME)
+
+
+def publish_checkpoint(folder: Path, target: Path) -> None:
+    """Renames a sealed checkpoint into place; one of the same name, of a run that was cut, gives way."""
+    if target.exists():
+        target.replace(folder.parent / f"{folder.name}-replaced")
+    folder.replace(target)
+    shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if every file is as it was written."""
+    if not folder.is_dir():
+        return "there is no such folder"
+    try:
+        files: dict[str, str] = json.loads((folder / RECORD_NAME).read_text("utf-8"))["sha256"]
+        for name, digest in files.items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if _digest(folder / name) != digest:
+                return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"it has no {RECORD_NAME}, which RMTTrainer writes last"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{RECORD_NAME} cannot be read ({type(error).__name__}: {error})"
+    return None
+
+
+def last_whole_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint of a run that is whole; newer ones that are not are warned about and passed over.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for folder in reversed(sort_checkpoints(output_dir)):
+        wrong = damage(Path(folder))
+        if wrong is None:
+            return folder
+        logger.warning(f"Checkpoint {folder} is skipped: {wrong}. Looking for the one before.")
+    raise ValueError(
+        f"resume_from_checkpoint=True wants a whole {PREFIX_CHECKPOINT_DIR}-* in {output_dir}, and there is none: "
+        "begin with resume_from_checkpoint=False."
+    )
+
+
+def _file_names(folder: Path) -> list[str]:
+    files = (file.relative_to(folder) for file in folder.rglob("*") if file.is_file())
+    return sorted(file.as_posix() for file in files if file.name != RECORD_NAME)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -1,0 +1,442 @@
+"""Training with `Trainer`, and what it does not know: lanes whose state goes on from step to step.
+
+In stream mode every row of a batch is a lane, which reads documents one after another in pieces (see `lanes`). A home
+file.
+
+Shapes: B rows, T columns of a batch, S segment length.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+
+from .cache_rmt import RMTCache
+from .checkpoints import UNFINISHED, damage, last_whole_checkpoint, publish_checkpoint, seal_checkpoint
+from .data import IGNORED
+from .lane_state import Call, Columns, LaneState, begin_documents, read_columns
+from .lanes import Lanes, StreamedLanes
+
+
+@dataclass
+class RMTTrainingArguments(TrainingArguments):
+    """`TrainingArguments`, and how rows are read.
+
+    Args:
+        stream_length: Columns of a piece, a multiple of `segment_length`: every row of a batch is a lane that reads
+            documents of the data set one after another in such pieces, its state carried from step to step. None
+            trains on rows as they are, each a stream of its own.
+        bptt_segments: Stream mode: segments before a piece that its loss sends gradient through, and no further back.
+            They are read again, so a step costs 1 + bptt_segments * segment_length / stream_length times as much.
+        checkpoint_segments: Segments of a call whose activations are kept at a time; those of all others are computed
+            again in the backward pass, from the state before them. None keeps all. Also without stream mode.
+    """
+
+    stream_length: int | None = field(default=None, metadata={"help": "Columns of a piece; None for plain rows."})
+    bptt_segments: int = field(default=0, metadata={"help": "Segments before a piece that get gradient."})
+    checkpoint_segments: int | None = field(
+        default=None, metadata={"help": "Segments whose activations are kept at a time; None for all."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("stream_length", 1), ("bptt_segments", 0), ("checkpoint_segments", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        if self.bptt_segments and self.stream_length is None:
+            raise ValueError(
+                f"bptt_segments={self.bptt_segments} is for stream mode, got stream_length=None: the gradient of plain "
+                "rows goes through the whole row. Give a stream_length, or leave it out."
+            )
+        if self.stream_length is not None:
+            self._refuse_what_breaks_lanes()
+
+    def _refuse_what_breaks_lanes(self) -> None:
+        """Refuses options under which a lane would silently not go on where it was."""
+        wrong = {
+            "train_sampling_strategy": (
+                self.train_sampling_strategy not in ("random", "sequential"),
+                "lanes have an order of their own",
+            ),
+            "ignore_data_skip": (self.ignore_data_skip, "a resumed lane goes on in the middle of a document"),
+            "auto_find_batch_size": (self.auto_find_batch_size, "the number of lanes must not change"),
+            "label_smoothing_factor": (
+                self.label_smoothing_factor != 0,
+                "it does not know the first label of the next piece",
+            ),
+            "accelerator_config.split_batches": (
+                self.accelerator_config.split_batches,  # type: ignore[union-attr]  # made by super().__post_init__
+                "lanes belong to processes",
+            ),
+        }
+        for name, (is_wrong, reason) in wrong.items():
+            if is_wrong:
+                raise ValueError(f"{name} does not work in stream mode (stream_length={self.stream_length}): {reason}.")
+
+
+class StreamSchedule(TrainerCallback, ExportableState):
+    """A curriculum for stream mode: how far gradient reaches, by step. Tokens per step stay the same.
+
+    The lanes are read as ever, `stream_length` of the arguments at a time; a shorter piece cuts each of those, so that
+    less is learned through memory, from more and cheaper backward passes. Logs, and with them the trainer state, name
+    both lengths.
+
+    Args:
+        stages: (first step, stream length, `bptt_segments`) of each stage, the first one from step 0. Stream lengths
+            are multiples of `segment_length` and divide that of the arguments. What a stage reads again more than the
+            one before, it reads again from its second step on.
+
+    Raises:
+        ValueError: If the stages are not in order.
+    """
+
+    def __init__(self, stages: Sequence[Sequence[int]]) -> None:
+        self.stages = [list(stage) for stage in stages]
+        steps = [stage[0] for stage in self.stages if len(stage) == 3]
+        if len(steps) < len(self.stages) or steps[:1] != [0] or steps != sorted(set(steps)):
+            raise ValueError(
+                "stages must be triples (first step, stream length, bptt_segments), in the order of their steps, the "
+                f"first from step 0; got {self.stages}."
+            )
+
+    def at(self, step: int) -> tuple[int, int]:
+        """Stream length and `bptt_segments` of a step."""
+        _, length, segments = next(stage for stage in reversed(self.stages) if stage[0] <= step)
+        return length, segments
+
+    def state(self) -> dict:
+        return {"args": {"stages": self.stages}, "attributes": {}}
+
+
+class LaneSampler(Sampler[int]):
+    """The items of `Lanes` in their order, which is the only one, in an epoch that can be set."""
+
+    def __init__(self, lanes: Lanes) -> None:
+        self.lanes, self.epoch = lanes, 0
+
+    def __len__(self) -> int:
+        return len(self.lanes)
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.epoch * len(self.lanes)
+        return iter(range(first, first + len(self.lanes)))
+
+
+class RMTTrainer(Trainer):
+    """`Trainer` for RMT language models: rows or lanes, constant activation memory, checkpoints that are whole.
+
+    Takes what `Trainer` takes; see `RMTTrainingArguments`. In stream mode data sets hold documents, of any length:
+    `datasets.Dataset` or `datasets.IterableDataset` with `input_ids` and, if not all is to be learned, `labels`. They
+    are evaluated as streams too, and the loss is the mean over all tokens.
+
+    `train(resume_from_checkpoint=True)` takes the newest checkpoint that is whole.
+
+    Raises:
+        ValueError: If arguments do not fit the model or each other.
+    """
+
+    args: RMTTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._lanes, self._evaluated = LaneState(), LaneState()
+        self._sampler: LaneSampler | None = None
+        self._unfinished: Path | None = None  # where a checkpoint is being written
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, RMTTrainingArguments):
+            raise ValueError(f"args must be RMTTrainingArguments, got {type(self.args).__name__}.")
+        self._plain_collator = self.data_collator
+        self._check()
+
+    def _check(self) -> None:
+        """Refuses what does not fit, before anything is done."""
+        arguments, segment = self.args, self.segment_length
+        if arguments.stream_length is None and arguments.checkpoint_segments is None:
+            return
+        for name in ("stream_length", "checkpoint_segments"):
+            if getattr(arguments, name) is not None and not self._loss_shifts_labels:
+                raise ValueError(
+                    f"{name} is for language models, got a {type(self.model).__name__}: train RMTForCausalLM, or leave "
+                    "it out."
+                )
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func works with whole plain rows only: leave out stream_length and checkpoint_segments."
+            )
+        if arguments.checkpoint_segments is not None and arguments.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor works without checkpoint_segments only: leave one of them out.")
+        if arguments.stream_length is None:
+            return
+        if arguments.n_gpu > 1:
+            raise ValueError("Stream mode wants one process for each device: start it with `accelerate launch`.")
+        lengths = [arguments.stream_length, *(self._schedule.at(stage[0])[0] for stage in self._stages)]
+        for length in lengths:
+            if length % segment or arguments.stream_length % length:
+                raise ValueError(
+                    f"stream_length must be a multiple of segment_length ({segment}), and in a StreamSchedule divide "
+                    f"that of the arguments ({arguments.stream_length}); got {length}."
+                )
+
+    @property
+    def segment_length(self) -> int:
+        """`segment_length` of the model."""
+        return self.accelerator.unwrap_model(self.model).config.segment_length
+
+    @property
+    def _schedule(self) -> StreamSchedule:
+        """The curriculum, which may be none: the same lengths at all steps."""
+        schedules = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StreamSchedule)]
+        return (schedules or [StreamSchedule([(0, self.args.stream_length or 0, self.args.bptt_segments)])])[0]
+
+    @property
+    def _stages(self) -> list[list[int]]:
+        return self._schedule.stages
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = cast(list[str], self._signature_columns)  # set by now
+        if "shift_labels" not in columns:
+            columns.append("shift_labels")
+
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader:
+        """As every `Trainer`; in stream mode over the lanes of all processes."""
+        if self.args.stream_length is None:
+            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+        sizes = (batch_size * self.args.world_size, self.args.stream_length, self.segment_length)
+        lanes: Lanes | StreamedLanes
+        if isinstance(dataset, IterableDataset):
+            lanes = StreamedLanes(dataset, *sizes, repeat=is_training)
+        elif isinstance(dataset, Dataset):
+            lanes = Lanes(dataset, *sizes, seed=self._data_seed if is_training else None)
+        else:
+            raise ValueError(
+                "Stream mode wants a datasets.Dataset or a datasets.IterableDataset of documents, got a "
+                f"{type(dataset).__name__}: make one with datasets.Dataset.from_list or from_generator."
+            )
+        sampler = LaneSampler(lanes) if isinstance(lanes, Lanes) else None
+        if is_training:
+            self._sampler = sampler
+        self.data_collator = default_data_collator
+        try:
+            make_sampler = None if sampler is None else lambda _: sampler
+            return super()._get_dataloader(lanes, description, batch_size, make_sampler, is_training, dataloader_key)
+        finally:
+            self.data_collator = self._plain_collator
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+    def _run_epoch(self, model: torch.nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:
+        if self._sampler is not None:
+            self._sampler.epoch = epoch
+        super()._run_epoch(model, epoch, *args, **kwargs)
+
+    # Loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Columns, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As every `Trainer`, once for each piece of the stream length that the schedule gives."""
+        if not self._is_stream(inputs):
+            return super().training_step(model, inputs, num_items_in_batch)
+        length, _ = self._schedule.at(self.state.global_step)
+        *pieces, last = zip(*(tensor.split(length, 1) for tensor in inputs.values()), strict=True)
+        losses = []
+        for piece in pieces:
+            with self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, dict(zip(inputs, piece, strict=True)), num_items_in_batch))
+        losses.append(super().training_step(model, dict(zip(inputs, last, strict=True)), num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Columns,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As every `Trainer`; lanes go on with their state, and take over the new one."""
+        is_stream = self._is_stream(inputs)
+        if is_stream and not model.training:
+            return self._evaluate_piece(model, inputs, return_outputs)
+        if return_outputs or not (
+            is_stream or (self.args.checkpoint_segments and model.training and "labels" in inputs)
+        ):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        group = self.args.checkpoint_segments and self.args.checkpoint_segments * self.segment_length
+        if not is_stream:
+            shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=IGNORED)[:, 1:]
+            inputs = {"shift_labels": shifted, **inputs}
+        if num_items_in_batch is None:
+            num_items_in_batch = (inputs["shift_labels"] != IGNORED).sum()
+        call_model = self._caller(model, num_items_in_batch)
+        if not is_stream:
+            return read_columns(call_model, inputs, RMTCache(self._config), group=group)[0]
+        keep = self._schedule.at(self.state.global_step)[1] * self.segment_length
+        columns, num_unlearned = self._lanes.again(inputs)
+        state = RMTCache(self._config) if self._lanes.state is None else self._lanes.state
+        loss, kept = read_columns(call_model, columns, state, num_unlearned, keep, group)
+        rest = max(0, columns["input_ids"].shape[1] - keep)
+        self._lanes = LaneState(kept, {name: tensor[:, rest:] for name, tensor in columns.items()} if keep else {})
+        return loss
+
+    def _caller(
+        self, model: torch.nn.Module, num_items: torch.Tensor | int
+    ) -> Callable[[Call, RMTCache], tuple[torch.Tensor, RMTCache]]:
+        """What reads one call; only the last one through the wrapped model, whose hooks want one per backward pass."""
+
+        def read(call: Call, before: RMTCache) -> tuple[torch.Tensor, RMTCache]:
+            state, columns = before.clone(), dict(call.columns)
+            begin_documents(state, columns)
+            module = model if call.is_last else self.accelerator.unwrap_model(model)
+            if call.is_learned:
+                inputs: dict[str, Any] = {**columns, "past_key_values": state}
+                loss = Trainer.compute_loss(self, module, inputs, num_items_in_batch=num_items)
+                return cast(torch.Tensor, loss), state
+            for name in ("labels", "shift_labels"):
+                columns.pop(name)
+            module(**columns, past_key_values=state, logits_to_keep=1)
+            return torch.zeros((), device=columns["input_ids"].device), state
+
+        def read_twice(call: Call, before: RMTCache) -> tuple[torch.Tensor, RMTCache]:
+            if call.is_last:  # its activations are wanted at once
+                return read(call, before)
+            return checkpoint(read, call, before, use_reentrant=False)
+
+        return read if self.args.checkpoint_segments is None else read_twice
+
+    def _is_stream(self, inputs: Columns) -> bool:
+        return self.args.stream_length is not None and "shift_labels" in inputs
+
+    @property
+    def _config(self) -> Any:
+        return self.accelerator.unwrap_model(self.model).config
+
+    # Evaluation
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As every `Trainer`; in stream mode with lanes of its own, and the loss of all tokens alike."""
+        self._evaluated = LaneState()
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        loss_name = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if self.args.stream_length is not None and output.metrics is not None and loss_name in output.metrics:
+            sums = torch.tensor([[self._evaluated.loss_sum, self._evaluated.num_targets]], dtype=torch.float64)
+            total, count = self.accelerator.gather(sums.to(self.args.device)).sum(0).tolist()
+            output.metrics[loss_name] = total / max(1, count)
+        self._evaluated = LaneState()
+        return output
+
+    def _evaluate_piece(self, model: torch.nn.Module, inputs: Columns, return_outputs: bool) -> Any:
+        """The loss of a piece, whose lanes go on from the piece before."""
+        lanes = self._evaluated
+        lanes.state = RMTCache(self._config) if lanes.state is None else lanes.state
+        begin_documents(lanes.state, inputs)
+        outputs = model(**inputs, past_key_values=lanes.state, num_items_in_batch=1)
+        count = int((inputs["shift_labels"] != IGNORED).sum())
+        lanes.loss_sum += outputs["loss"].item()
+        lanes.num_targets += count
+        loss = outputs["loss"] / max(1, count)
+        return (loss, outputs) if return_outputs else loss
+
+    # Logs and checkpoints
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As every `Trainer`; in stream mode with the lengths of the step."""
+        if self.args.stream_length is not None and "loss" in logs:
+            length, segments = self._schedule.at(max(0, self.state.global_step - 1))
+            logs = {**logs, "stream_length": length, "bptt_segments": segments}
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As every `Trainer`.
+
+        Args:
+            resume_from_checkpoint: True for the newest checkpoint in `output_dir` that is whole, or a folder.
+            args, kwargs: As `Trainer.train` takes them.
+
+        Raises:
+            ValueError: If there is no whole checkpoint, or the one that is named has been damaged.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
+        elif resume_from_checkpoint and (wrong := damage(Path(resume_from_checkpoint))):
+            raise ValueError(
+                f"The checkpoint {resume_from_checkpoint} cannot be used: {wrong}. Name another one, or take the "
+                "newest that is whole with resume_from_checkpoint=True."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> Any:
+        """As every `Trainer`, and the lanes: from the checkpoint, or empty."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._lanes = LaneState()
+        if self.args.stream_length is not None and resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint) / self._lanes_name
+            self._lanes = LaneState.load(folder, self.accelerator.unwrap_model(self.model), self._lanes_record)
+        return prepared
+
+    @property
+    def _lanes_name(self) -> str:
+        return f"lanes-{self.args.process_index}"
+
+    @property
+    def _lanes_record(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        names = ("stream_length", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
+        return {**{name: getattr(self.args, name) for name in names}, "data_seed": self._data_seed}
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As every `Trainer`, but aside, with the lanes; renamed into place when it is whole."""
+        run_dir = Path(self._get_output_dir(trial))
+        name, aside = f"checkpoint-{self.state.global_step}", run_dir / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._unfinished = aside
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._unfinished = None
+        if not self.args.save_only_model:
+            self._lanes.save(aside / name / self._lanes_name, self._lanes_record)
+        if self.state.best_model_checkpoint == str(aside / name):
+            self.state.best_model_checkpoint = str(run_dir / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+            seal_checkpoint(aside / name)
+            publish_checkpoint(aside / name, run_dir / name)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(run_dir / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing while a checkpoint is being written: what is uploaded must not be renamed meanwhile."""

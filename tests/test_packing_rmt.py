@@ -89,9 +89,13 @@ def test_a_state_holds_the_last_document_only(form: str, cuts: tuple[int, ...]) 
 @torch.no_grad()
 def test_what_is_before_the_last_document_cannot_be_taken_back() -> None:
     model, (batch, documents) = tiny_model(), packed([[S + 2, 3], [2 * S, S]])
-    cache = model(**batch, use_cache=True).past_key_values
-    cache.crop(-S)
+    cache = model(**{name: tensor[:, : 2 * S + 3] for name, tensor in batch.items()}, use_cache=True).past_key_values
+    cache.crop(-S)  # five columns more than the last documents have, here and in a call shorter than that
     assert cache.positions == [0, 0]
+    short = read(model, tiny_ids(1, 2 * S - 2))[1]
+    model(tiny_ids(1, 3), position_ids=torch.tensor([[2 * S - 2, 2 * S - 1, 0]]), past_key_values=short)
+    short.crop(-S)
+    assert short.positions == [0]
     more = tiny_ids(2, 2 * S, seed=5)
     torch.testing.assert_close(model(more, past_key_values=cache).logits, model(more).logits, **CLOSE)
     cache = model(**batch, use_cache=True).past_key_values

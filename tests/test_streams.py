@@ -27,7 +27,7 @@ def exact_loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels
 
 
 def model_for_streams(**overrides):
-    model = tiny_model(vocab_size=VOCABULARY, **overrides)
+    model = tiny_model(**{"vocab_size": VOCABULARY, **overrides})
     model.loss_function = exact_loss
     return model
 
@@ -38,7 +38,7 @@ def documents(lengths: list[int]) -> Dataset:
     for length in lengths:
         ids.append([*range(first, first + length)])
         first += length
-    assert first <= VOCABULARY
+    assert first <= 300
     return Dataset.from_dict({"input_ids": ids})
 
 
@@ -131,12 +131,12 @@ def test_gradient_reaches_as_far_as_it_is_asked_to_and_exactly_no_further(
         assert reached.tolist() == [*range(first, last)], step
 
 
-def test_no_gradient_and_no_value_crosses_from_one_document_to_another(tmp_path) -> None:
-    """Documents of a lane, some of which end inside a piece: steps are those of the documents alone."""
+@pytest.mark.parametrize("stream_length", [S, 4 * S])
+def test_every_step_has_the_loss_of_its_documents_alone(stream_length: int, tmp_path) -> None:
+    """They end inside pieces and with them; nothing is carried over."""
     data = documents(LENGTHS)
-    lanes = Lanes(data, 1, 4 * S, S, seed=42)  # 42 is the seed of Trainer
-    order = lanes._order(0, 0)
-    history, _ = train(tmp_path, data, stream_length=4 * S, bptt_segments=30)
+    order = Lanes(data, 1, stream_length, S, seed=42)._order(0, 0)  # 42 is the seed of Trainer
+    history, _ = train(tmp_path, data, stream_length=stream_length)
     model, expected = model_for_streams(), []
     for number in order:
         ids = torch.tensor([data[int(number)]["input_ids"]])
@@ -145,8 +145,10 @@ def test_no_gradient_and_no_value_crosses_from_one_document_to_another(tmp_path)
             of_tokens, (0, -len(of_tokens) % S), value=torch.nan
         )  # the last token of a document predicts nothing
         expected.append(padded if len(ids[0]) % S != 1 else F.pad(padded, (0, S), value=torch.nan))
-    pieces = torch.cat(expected).split(4 * S)
-    torch.testing.assert_close(torch.tensor(history, dtype=torch.float64), torch.stack([p.nanmean() for p in pieces]))
+    pieces = torch.cat(expected).split(stream_length)
+    torch.testing.assert_close(
+        torch.tensor(history, dtype=torch.float64), torch.stack([p.nanmean().nan_to_num() for p in pieces])
+    )
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
@@ -181,6 +183,19 @@ def test_documents_are_evaluated_as_streams(num_lanes: int, tmp_path) -> None:
     assert run.evaluate()["eval_loss"] == expected
     assert run.evaluate(data.to_iterable_dataset())["eval_loss"] == expected
     assert run.predict(data).predictions.shape[1:] == (S, VOCABULARY)
+
+
+def test_every_epoch_has_an_order_of_its_own(tmp_path) -> None:
+    history, _ = train(tmp_path, documents([S] * 12), num_train_epochs=2)
+    assert history[:12] != history[12:] and sorted(history[:12]) == pytest.approx(sorted(history[12:]))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"stream_length": None, "checkpoint_segments": 1}])
+def test_a_step_in_which_nothing_is_learned_changes_nothing(arguments: dict, tmp_path) -> None:
+    ids = list(range(3, 3 + 3 * S))
+    data = Dataset.from_dict({"input_ids": [ids], "labels": [[-100] * len(ids)]})
+    history, gradients = train(tmp_path, data, **arguments)
+    assert set(history) == {0.0} and not any(tensor.any() for step in gradients for tensor in step.values())
 
 
 def test_a_streaming_data_set_trains_as_one_in_memory(tmp_path) -> None:
@@ -227,6 +242,38 @@ def test_checkpointed_groups_of_segments_give_the_same_gradients(
     assert_gradients(grouped[1][0], plain[1][0])
     noisy = train(tmp_path, data, model_for_streams(**dropout), checkpoint_segments=group, **arguments)  # must not fail
     assert noisy[0] != plain[0]
+
+
+def saved_bytes(run: RMTTrainer, batch: dict[str, torch.Tensor]) -> int:
+    """Bytes of what the forward pass keeps for the backward pass, apart from states and parameters."""
+    kept: dict[int, int] = {}
+    parameters = {parameter.data_ptr() for parameter in run.model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run.compute_loss(run.model.train(), batch)
+    loss.backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_only_one_group_of_segments_keeps_its_activations(stream: bool, tmp_path) -> None:
+    """Four times the columns cost four times the activations; in groups, nothing more."""
+    sizes = {}
+    for group in (None, 2):
+        for columns in (8 * S, 32 * S):
+            data, model = documents([columns]), model_for_streams(vocab_size=300)
+            arguments = {"checkpoint_segments": group, "stream_length": columns if stream else None}
+            run = trainer(model, tmp_path, data, **arguments)
+            ids = torch.tensor(data["input_ids"][:])
+            batch = next(iter(run.get_train_dataloader())) if stream else {"input_ids": ids, "labels": ids}
+            sizes[group, columns] = saved_bytes(run, batch)
+    assert sizes[None, 32 * S] > 3.5 * sizes[None, 8 * S] > 3.5 * 3 * sizes[2, 8 * S]
+    assert sizes[2, 32 * S] < 1.1 * sizes[2, 8 * S]
 
 
 # Curriculum

@@ -290,6 +290,7 @@ class RMTTrainer(Trainer):
             inputs = {"shift_labels": shifted, **inputs}
         if num_items_in_batch is None:
             num_items_in_batch = (inputs["shift_labels"] != IGNORED).sum()
+        num_items_in_batch = max(num_items_in_batch, 1)  # a step of nothing but prompts has the loss 0, not 0 / 0
         call_model = self._caller(model, num_items_in_batch)
         if not is_stream:
             return read_columns(call_model, inputs, RMTCache(self._config), group=group)[0]

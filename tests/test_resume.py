@@ -103,6 +103,15 @@ def test_a_streaming_run_goes_on_to_the_last_bit(tmp_path) -> None:
     assert_same_weights(resumed, run)
 
 
+def test_a_run_in_bfloat16_autocast_goes_on_to_the_last_bit(whole: RMTTrainer, tmp_path) -> None:
+    run, resumed = (trainer(tmp_path / name, bf16=True, checkpoint_segments=1) for name in ("whole", "resumed"))
+    run.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert run._lanes.state.state_dtype == torch.bfloat16
+    assert losses(resumed) == losses(run) != losses(whole)
+    assert list(losses(run).values()) == pytest.approx(list(losses(whole).values()), rel=0.1)
+
+
 def test_a_run_of_plain_rows_goes_on_to_the_last_bit(tmp_path) -> None:
     def plain(folder: Path) -> RMTTrainer:
         run = trainer(folder, stream_length=None, bptt_segments=0, checkpoint_segments=2)

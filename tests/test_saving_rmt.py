@@ -27,7 +27,8 @@ def ragged_state(model) -> RMTCache:
 def assert_same(one: RMTCache, other: RMTCache) -> None:
     """Bit for bit, clock and all."""
     assert one.tensors() and all(map(torch.equal, one.tensors(), other.tensors()))
-    for name in ("positions", "num_columns", "num_croppable_columns", "dtype", "fingerprint", "nbytes", "batch_size"):
+    clock = ("positions", "num_columns", "num_croppable_columns")
+    for name in (*clock, "state_dtype", "fingerprint", "nbytes", "batch_size"):
         assert getattr(one, name) == getattr(other, name), name
 
 
@@ -82,7 +83,7 @@ def test_a_wider_dtype_and_back_changes_nothing(narrow, tmp_path):
         layer.state = layer.state.to(torch.float32)
     wide.save_pretrained(tmp_path)
     back = RMTCache.from_pretrained(tmp_path, tiny_model(dtype=torch.float32))
-    assert back.dtype == torch.float32
+    assert back.state_dtype == torch.float32
     for layer in back.layers:
         layer.state = layer.state.to(narrow)
     assert_same(back, cache)
@@ -95,7 +96,7 @@ def test_a_model_of_another_dtype_goes_on(tmp_path):
     with torch.no_grad():
         logits, _ = read(wide, more, (1,), cache=cache)
         exact, _ = read(wide, more, (1,), cache=ragged_state(wide))
-    assert cache.dtype == logits.dtype == torch.float64
+    assert cache.state_dtype == logits.dtype == torch.float64
     torch.testing.assert_close(logits, exact, rtol=0, atol=1e-3)  # the state had been rounded to float32
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from rmt_hf import RMTForSequenceClassification, RMTTrainer, RMTTrainingArguments, StreamSchedule
 from rmt_hf.lanes import Lanes
@@ -335,6 +335,12 @@ def test_other_models_and_data_are_refused(tmp_path) -> None:
         trainer(tiny_model(RMTForSequenceClassification), tmp_path, documents([S]))
     with pytest.raises(ValueError, match=r"wants a datasets.Dataset or a datasets.IterableDataset .* got a list"):
         trainer(model_for_streams(), tmp_path, [{"input_ids": [1, 2]}]).train()
+    with pytest.raises(ValueError, match="args must be RMTTrainingArguments, got TrainingArguments"):
+        RMTTrainer(model_for_streams(), TrainingArguments(str(tmp_path), use_cpu=True))
+    late = trainer(model_for_streams(), tmp_path, documents([S]))
+    late.add_callback(StreamSchedule([(0, 2 * S, 0)]))
+    with pytest.raises(ValueError, match=r"in a StreamSchedule divide .* got 16"):
+        late.train()
     for stages in ([], [(1, S, 0)], [(0, S)], [(0, S, 0), (5, S, 1), (3, S, 2)]):
         with pytest.raises(ValueError, match="stages must be triples"):
             StreamSchedule(stages)

@@ -289,8 +289,8 @@ class RMTCache(Cache):
                 f"caches must be states that have read something, got {len(caches)} of which "
                 f"{sum(not cache.is_initialized for cache in caches)} are empty: leave those out."
             )
-        for name in ("fingerprint", "dtype"):
-            kinds = [getattr(cache, name) for cache in caches]
+        for name, attribute in (("fingerprint", "fingerprint"), ("dtype", "state_dtype")):
+            kinds = [getattr(cache, attribute) for cache in caches]
             different = next((kind for kind in kinds if kind != kinds[0]), kinds[0])
             if different != kinds[0]:
                 raise ValueError(
@@ -306,8 +306,9 @@ class RMTCache(Cache):
         return stacked
 
     @property
-    def dtype(self) -> torch.dtype | None:
+    def state_dtype(self) -> torch.dtype | None:
         """Dtype of keys and values; None before the first call."""
+        # Not `dtype`: under autocast, accelerate takes whatever has one for a tensor that it must convert to float32.
         state = self.layers[0].state
         return None if state is None else state.keys.dtype
 
@@ -325,7 +326,7 @@ class RMTCache(Cache):
                 "The state to save must have read something, got an empty one: begin with RMTCache(config)."
             )
         names = state_shapes(self.fingerprint, self.batch_size)
-        record = {name: getattr(self, name) for name in CLOCK} | {"dtype": str(self.dtype)}
+        record = {name: getattr(self, name) for name in CLOCK} | {"dtype": str(self.state_dtype)}
         write_state(directory, record, dict(zip(names, self.tensors(), strict=True)))
 
     @classmethod

@@ -154,7 +154,9 @@ class RMTTrainer(Trainer):
         self._unfinished: Path | None = None  # where a checkpoint is being written
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, RMTTrainingArguments):
-            raise ValueError(f"args must be RMTTrainingArguments, got {type(self.args).__name__}.")
+            raise ValueError(
+                f"args must be RMTTrainingArguments, got {type(self.args).__name__}: they take what that takes, and more."
+            )
         self._plain_collator = self.data_collator
         self._check()
 
@@ -179,7 +181,7 @@ class RMTTrainer(Trainer):
             return
         if arguments.n_gpu > 1:
             raise ValueError("Stream mode wants one process for each device: start it with `accelerate launch`.")
-        lengths = [arguments.stream_length, *(self._schedule.at(stage[0])[0] for stage in self._stages)]
+        lengths = [arguments.stream_length, *(length for _, length, _ in self._schedule.stages)]
         for length in lengths:
             if length % segment or arguments.stream_length % length:
                 raise ValueError(
@@ -197,10 +199,6 @@ class RMTTrainer(Trainer):
         """The curriculum, which may be none: the same lengths at all steps."""
         schedules = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StreamSchedule)]
         return (schedules or [StreamSchedule([(0, self.args.stream_length or 0, self.args.bptt_segments)])])[0]
-
-    @property
-    def _stages(self) -> list[list[int]]:
-        return self._schedule.stages
 
     # Data
 
@@ -379,6 +377,7 @@ class RMTTrainer(Trainer):
         Raises:
             ValueError: If there is no whole checkpoint, or the one that is named has been damaged.
         """
+        self._check()  # a callback may have come since
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
         elif resume_from_checkpoint and (wrong := damage(Path(resume_from_checkpoint))):

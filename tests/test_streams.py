@@ -156,14 +156,8 @@ def test_accumulation_and_evaluation_do_not_disturb_the_lanes(accumulation: int,
     of_tokens = F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
     expected = [piece.mean().item() for piece in of_tokens.split(S * accumulation)]
     for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
-        run = trainer(
-            model_for_streams(),
-            tmp_path,
-            data,
-            documents(LENGTHS),
-            gradient_accumulation_steps=accumulation,
-            **evaluation,
-        )
+        arguments = {"gradient_accumulation_steps": accumulation, **evaluation}
+        run = trainer(model_for_streams(), tmp_path, data, documents([3 * S, 5]), **arguments)
         run.train()
         assert losses(run) == pytest.approx(expected, rel=1e-6)  # Trainer adds losses up in float32
         assert sum("eval_loss" in entry for entry in run.state.log_history) == len(expected) * bool(evaluation)

@@ -155,7 +155,8 @@ class RMTTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, RMTTrainingArguments):
             raise ValueError(
-                f"args must be RMTTrainingArguments, got {type(self.args).__name__}: they take what that takes, and more."
+                f"args must be RMTTrainingArguments, got {type(self.args).__name__}: they take what those take, and "
+                "more."
             )
         self._plain_collator = self.data_collator
         self._check()

@@ -326,7 +326,8 @@ class RMTModel(RMTPreTrainedModel):
             return inputs_embeds
         ids = cast(torch.Tensor, input_ids)
         check_axes("input_ids", ids, ("batch", "columns"))
-        if ids.device.type != "cpu":  # which refuses such ids itself, so that nothing need be read before
+        # A CPU refuses such ids itself. Elsewhere looking at them means waiting, which decoding should not do.
+        if ids.device.type != "cpu" and ids.shape[1] > 1:
             check_ids(ids, self.embed_tokens.num_embeddings)
         try:
             return self.embed_tokens(ids)

@@ -1,0 +1,155 @@
+"""What a layer costs, counted and not timed, so that any machine sees a regression; and what a GPU would wait for.
+
+The numbers are upper bounds: whoever lowers one writes the lower number here. They are those of the pinned torch.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rmt_hf import RMTCache, RMTConfig, RMTForCausalLM
+
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+# Weights (5 attention, 3 MLP, score, fusion gate), 2 rotations, and 2 for each of window and memory.
+STEP_PRODUCTS = 16
+
+
+class Costs(TorchDispatchMode):
+    """Counts operations by name, and bytes of results, both without views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        made = [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
+        new = [leaf for leaf in made if leaf.untyped_storage()._cdata not in given]
+        name = function._schema.name.removeprefix("aten::")
+        if new or name.endswith("_"):  # no view
+            self.operations[name] += 1
+        self.bytes += sum(leaf.nbytes for leaf in new)
+        return result
+
+
+def make_model(num_layers: int, **fields) -> RMTForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": num_layers}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"chunk_length": 4, "segment_length": 8, "num_memory_slots": 8}
+    return RMTForCausalLM(RMTConfig(**(sizes | fields)))
+
+
+def step_costs(num_layers: int, position: int = 43, num_rows: int = 1, **fields) -> Costs:
+    """A decoding step in the middle of a chunk; the one before it has made what is kept between writes."""
+    model, token = make_model(num_layers, **fields).eval(), torch.full((num_rows, 1), 3)
+    with torch.no_grad():
+        cache = model.memorize(torch.randint(64, (num_rows, position - 1)))
+        model(token, past_key_values=cache)
+        with Costs() as costs:
+            model(token, past_key_values=cache)
+    return costs
+
+
+def training_costs(num_layers: int, length: int = 128, **fields) -> Costs:
+    """Forward and backward pass of one row."""
+    model, ids = make_model(num_layers, **fields).train(), torch.randint(64, (1, length))
+    with Costs() as costs:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    return costs
+
+
+def prefill_costs(num_layers: int, length: int = 128, **fields) -> Costs:
+    """A prompt that begins a stream."""
+    model, ids = make_model(num_layers, **fields).eval(), torch.randint(64, (1, length))
+    with torch.no_grad(), Costs() as costs:
+        model(ids, past_key_values=RMTCache(model.config), logits_to_keep=1)
+    return costs
+
+
+def per_layer(measure: Callable[..., Costs], **arguments) -> tuple[Counter[str], int]:
+    """Operations and bytes that one more layer costs."""
+    three, two = measure(3, **arguments), measure(2, **arguments)
+    return three.operations - two.operations, three.bytes - two.bytes
+
+
+@pytest.mark.parametrize(
+    ("measure", "fields", "operations", "size"),
+    [
+        (step_costs, {}, 77, 9_200),
+        (step_costs, {"use_qk_norm": False}, 59, 8_120),
+        (prefill_costs, {}, 237, 920_000),
+        (training_costs, {}, 598, 2_772_000),
+        (training_costs, {"num_memory_slots": 0}, 186, 1_912_000),
+    ],
+    ids=["step", "step without norms", "prefill", "training", "training without memory"],
+)
+def test_a_layer_costs_no_more_than_it_did(measure, fields, operations, size) -> None:
+    found, made = per_layer(measure, **fields)
+    assert found.total() <= operations and made <= size, (found.total(), made)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_products_of_a_step(num_rows) -> None:
+    found, _ = per_layer(step_costs, num_rows=num_rows)
+    assert sum(found[name] for name in PRODUCTS) == STEP_PRODUCTS
+    assert found["_softmax"] == 3 and not found[KERNEL]
+
+
+def test_a_step_costs_the_same_anywhere_in_the_stream() -> None:
+    near, far = step_costs(2, 43), step_costs(2, 43 + 64 * 8)
+    assert near.operations == far.operations and near.bytes == far.bytes
+
+
+@pytest.mark.parametrize("length", [64, 512])
+def test_kernels_of_a_training_step_do_not_depend_on_length(length) -> None:
+    """Once for the first window, once for all later ones, once for all chunks, once for memory as all find it."""
+    found, _ = per_layer(training_costs, length=length)
+    assert found[KERNEL] == found[KERNEL + "_backward"] == 4
+    assert sum(found[name] for name in PRODUCTS) == 3 * 10  # ten weights: forward, and two backward
+
+
+def test_bytes_of_a_training_step_grow_as_its_length() -> None:
+    sizes = [training_costs(2, length).bytes for length in (256, 512, 1024)]
+    assert (sizes[2] - sizes[1]) / (sizes[1] - sizes[0]) == pytest.approx(2, rel=0.02)
+
+
+def test_the_gate_takes_one_step_for_a_whole_ring() -> None:
+    """Longer rows add rounds of the recurrence, one for M / K = 4 segments, and no other operation."""
+    more = training_costs(2, 512).operations - training_costs(2, 256).operations
+    rounds = (512 - 256) // (4 * 8)
+    assert more["sigmoid"] == 2 * rounds and more["lerp"] % (2 * rounds) == 0
+    assert not any(more[name] for name in (*PRODUCTS, KERNEL))
+
+
+@pytest.mark.parametrize("fields", [{}, {"fusion_type": "softmax"}, {"memory_write": "pool"}, {"num_memory_slots": 0}])
+def test_a_step_reads_nothing_back_from_a_device(fields) -> None:
+    """On the meta device there is nothing to read: `.item()` and shapes that depend on data raise there.
+
+    Two segment ends are passed. Ids are checked in prompts only, since that reads them.
+    """
+    with torch.device("meta"):
+        model, ids = make_model(2, **fields).eval(), torch.zeros(2, 43, dtype=torch.long)
+        with torch.no_grad():
+            cache = model(ids, use_cache=True).past_key_values
+            for _ in range(20):
+                logits = model(ids[:, :1], past_key_values=cache, logits_to_keep=1).logits
+    assert logits.is_meta and cache.positions == [63, 63]
+
+
+def test_ids_are_checked_in_prompts_only_where_that_costs_a_read(monkeypatch) -> None:
+    checked = []
+    monkeypatch.setattr("rmt_hf.modeling_rmt.check_ids", lambda ids, size: checked.append(ids.shape[1]))
+    with torch.device("meta"), torch.no_grad():
+        model, ids = make_model(1).eval(), torch.zeros(2, 43, dtype=torch.long)
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+    assert checked == [43]

@@ -84,7 +84,7 @@ def per_layer(measure: Callable[..., Costs], **arguments) -> tuple[Counter[str],
 @pytest.mark.parametrize(
     ("measure", "fields", "operations", "size"),
     [
-        (step_costs, {}, 77, 9_200),
+        (step_costs, {}, 68, 9_520),
         (step_costs, {"use_qk_norm": False}, 59, 8_120),
         (prefill_costs, {}, 237, 920_000),
         (training_costs, {}, 598, 2_772_000),

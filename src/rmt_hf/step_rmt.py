@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .layout_rmt import STEP, CallLayout, StepView, plan_steps
-from .memory_rmt import ReadableMemory
+from .memory_rmt import ReadableMemory, at_least_float32
 from .paths_rmt import PLAIN, masked_softmax
 from .state_rmt import LayerState, lay_columns, owned
 
@@ -104,7 +104,9 @@ def attend_one_token(
     Returns:
         (B, H * D), and the state.
     """
-    query, key = _rotated(module, "q", hidden_states, token), _rotated(module, "k", hidden_states, token)
+    reads = token.memory is not None and module.num_memory_slots > 0
+    query, key, *asked = _heads(module, hidden_states, ("q", "k", "memory_q") if reads else ("q", "k"))
+    query, key = (_rotated(states, rotation) for states, rotation in zip((query, key), token.rotations, strict=True))
     state = _lay(module, hidden_states, key, step, state.to(key.dtype))
     num_heads, cells = state.keys.shape[1], (-1, module.num_key_value_groups, module.head_dim)  # (B * G, H / G, D)
     share_global, share_local, share_memory = (
@@ -123,23 +125,28 @@ def attend_one_token(
         weights[..., first:].addcmul_(near, share_local)
     output = torch.bmm(weights, values)
     if share_memory is not None and token.memory is not None:
-        queries = _heads(module, "memory_q", hidden_states).view(cells)
-        output = torch.addcmul(output, share_memory, module.memory.recall(queries, token.memory, module.scaling))
+        recalled = module.memory.recall(asked[0].view(cells), token.memory, module.scaling)
+        output = torch.addcmul(output, share_memory, recalled)
     return output.view(len(hidden_states), -1), state
 
 
-def _heads(module: Any, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
-    """(B * heads, D) of a projection, normalised if heads are."""
-    states = getattr(module, f"{name}_proj")(hidden_states).view(-1, module.head_dim)
-    return getattr(module, f"{name}_norm")(states) if module.use_qk_norm else states
+def _heads(module: Any, hidden_states: torch.Tensor, names: tuple[str, ...]) -> list[torch.Tensor]:
+    """(B * heads, D) of each projection, normalised if heads are: all at once, but for the weights of the norms."""
+    heads = [getattr(module, f"{name}_proj")(hidden_states).view(-1, module.head_dim) for name in names]
+    if not module.use_qk_norm:
+        return heads
+    norms = [getattr(module, f"{name}_norm") for name in names]
+    wide = at_least_float32(torch.cat(heads))
+    normed = wide * (wide.square().mean(-1, keepdim=True) + norms[0].eps).rsqrt()
+    parts = normed.split([len(states) for states in heads])
+    return [(part * norm.weight).to(heads[0].dtype) for part, norm in zip(parts, norms, strict=True)]
 
 
-def _rotated(module: Any, name: str, hidden_states: torch.Tensor, token: OneToken) -> torch.Tensor:
-    """(B * heads, D) of a projection with rotary encoding."""
-    states, rotation = _heads(module, name, hidden_states), token.rotations[name == "k"]
+def _rotated(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """(B * heads, D) with rotary encoding."""
     if rotation.dim() == 2:
         return states.mm(rotation)
-    return states.view(len(rotation), -1, module.head_dim).bmm(rotation).flatten(0, 1)
+    return states.view(len(rotation), -1, states.shape[-1]).bmm(rotation).flatten(0, 1)
 
 
 def _lay(module: Any, hidden_states: torch.Tensor, key: torch.Tensor, step: StepView, state: LayerState) -> LayerState:

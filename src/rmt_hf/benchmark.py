@@ -48,7 +48,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("reports/benchmark"))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER", help="a saved model, as well")
+    parser.add_argument(
+        "--model", action="append", default=[], metavar="NAME=FOLDER", help="a saved model, up to 131,072 tokens"
+    )
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     contexts = [512, 2048, 8192, 32_768, 131_072, 1_048_576]
     parser.add_argument("--contexts", type=int, nargs="+", default=contexts, help="tokens of a row")

@@ -146,8 +146,17 @@ def state_at(model: PreTrainedModel, context: int, num_rows: int, num_free_colum
     _, state = read(model, random_ids(model, num_rows, num_read), state)
     for layer in state.layers:
         if getattr(layer, "keys", None) is not None and context > num_read:
-            layer.update(*(random_columns(tensor, context - num_read) for tensor in (layer.keys, layer.values)))
+            fill_layer(layer, context - num_read)
     return state
+
+
+def fill_layer(layer: Any, num_columns: int) -> None:
+    """Makes a layer of a cache as if so many more columns had been read; of a window only what it keeps is made."""
+    is_window = layer.is_sliding and num_columns > layer.sliding_window
+    kept = layer.sliding_window if is_window else num_columns
+    layer.update(*(random_columns(tensor, kept) for tensor in (layer.keys, layer.values)))
+    if is_window:
+        layer.cumulative_length += num_columns - kept
 
 
 def set_clock(state: RMTCache, position: int) -> RMTCache:

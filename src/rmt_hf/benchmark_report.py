@@ -303,7 +303,11 @@ def report(
     """
     peaks: list[Row] = [row for row in rows if row["phase"] == "machine"]
     machine = {name: max(row[name] for row in peaks) for name in ("flops_per_second", "bytes_per_second")}
-    done = with_utilization(latest(rows), machine)
+    order = [*args.contender, *sorted({row["contender"] for row in latest(rows)} - set(args.contender))]
+    done = sorted(
+        with_utilization(latest(rows), machine),
+        key=lambda row: (list(TITLES).index(row["phase"]), row["batch"], row["context"], order.index(row["contender"])),
+    )
     figures = ratios(done, full)
     promised = promises(figures)
     results: dict[str, Any] = {"ratios": figures, "promises": promised, "machine": machine, "rows": done}

@@ -51,6 +51,7 @@ CONTENDERS = {
     "llama": Contender("llama"),
     "llama_static": Contender("llama", ("decode",), has_static_cache=True),
     "llama_static_compiled": Contender("llama", ("decode",), has_static_cache=True, is_compiled=True),
+    "qwen3": Contender("qwen3"),  # what Llama is with the query/key norms that ours has by default
     "mistral": Contender("mistral", is_bounded=True, takes_turns=True),
     "llama4": Contender("llama4"),
     "mamba2": Contender("mamba2", is_bounded=True, takes_turns=True),

@@ -81,3 +81,25 @@ def test_the_fixed_view_shows_what_the_planned_one_shows(lookback):
             for row in range(len(starts)):
                 for kind in ("global", "local"):
                     assert seen(fixed.step, row, kind) == seen(planned.step, row, kind)
+
+
+@every_form
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_is_one_graph(form, training):
+    """`fullgraph=True`: no break, and the same result and gradient; in training, and in a step that goes on."""
+    model, calls = tiny_model(**FORMS[form]).train(training), []
+    layer = model.model.layers[1]
+    ids = tiny_ids(2, 5 * S + 3)
+    with torch.set_grad_enabled(training):
+        cache = None if training else model(ids, use_cache=True).past_key_values
+        hook = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+        model(ids if training else ids[:, :1], past_key_values=cache, use_cache=not training)
+        hook.remove()
+        (hidden_states,), arguments = calls[0]
+        hidden_states = hidden_states.detach().requires_grad_(training)
+        expected = layer(hidden_states, **arguments)[0]
+        found = torch.compile(layer, fullgraph=True, backend="aot_eager")(hidden_states, **arguments)[0]
+        torch.testing.assert_close(found, expected, **CLOSE)
+        if training:
+            gradients = [torch.autograd.grad(each.square().sum(), hidden_states)[0] for each in (found, expected)]
+            torch.testing.assert_close(*gradients, **CLOSE)

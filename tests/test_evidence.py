@@ -86,5 +86,7 @@ def test_a_keeping_gate_and_a_shared_query_are_what_they_say():
     base = evidence.recall_config()
     (layer,) = evidence.build(evidence.ROWS["keeping gate"], base, 0).model.layers
     assert (layer.self_attn.memory.gate_bias == -1).all()
+    (layer,) = evidence.build(evidence.ROWS["open fusion gate"], base, 0).model.layers
+    assert not layer.self_attn.fusion_gate_proj.bias.any()
     (layer,) = evidence.build(evidence.ROWS["shared query"], base, 0).model.layers
     assert layer.self_attn.memory_q_proj is layer.self_attn.q_proj

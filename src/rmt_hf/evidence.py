@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from . import RMTConfig, RMTForCausalLM, memory_rmt
+from .attention_rmt import RMTFusionGate
 from .controls import empty_memories, pass_on_memories, stream_bits
 from .data import cut_into_rows, shakespeare, token_byte_counts, tokenize, train_tokenizer
 from .evaluation import bits_per_byte, token_bits
@@ -73,6 +74,13 @@ def set_gate_bias(model: RMTForCausalLM, bias: float) -> None:
             torch.nn.init.constant_(module.gate_bias, bias)
 
 
+def open_fusion_gate(model: RMTForCausalLM) -> None:
+    """Extra paths begin with half a share instead of an eighth."""
+    for module in model.modules():
+        if isinstance(module, RMTFusionGate):
+            torch.nn.init.zeros_(module.bias)
+
+
 def share_query(model: RMTForCausalLM) -> None:
     """Memory is asked with the query of attention: one projection less (and so fewer parameters, in this row alone)."""
     for layer in model.model.layers:
@@ -84,6 +92,7 @@ ROWS = {
     "no memory": Row(fields(num_memory_slots=0)),
     "paper": Row(paper_form),
     "softmax fusion": Row(fields(fusion_type="softmax")),
+    "open fusion gate": Row(prepare=open_fusion_gate),
     "pool write": Row(fields(memory_write="pool")),
     "mean write": Row(fields(memory_write="mean")),
     "no lookback": Row(without_lookback),

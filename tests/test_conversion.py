@@ -31,22 +31,12 @@ from rmt_hf.conversion import (
     memory_parameters,
     remove_memory,
 )
-from tiny import tiny_ids, tiny_tokenizer
+from tiny import SIZES, tiny_ids, tiny_tokenizer
 
 
-SIZES = {
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 4096,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
+SOURCE_SIZES = {
+    **SIZES,
+    **{"head_dim": 8, "initializer_range": 0.3, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2},
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SOURCES = {
@@ -75,7 +65,7 @@ def make_source(name: str, dtype: torch.dtype = torch.float64, **fields):
     """A tiny model with random biases and norms, whose rotary tables and norms are as exact as the dtype is."""
     model_class, config_class, own = SOURCES[name]
     torch.manual_seed(0)
-    model = model_class._from_config(config_class(**{**SIZES, **own, **fields}), attn_implementation="sdpa")
+    model = model_class._from_config(config_class(**{**SOURCE_SIZES, **own, **fields}), attn_implementation="sdpa")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -248,11 +238,11 @@ def test_refusals(tmp_path) -> None:
         ({"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            config_with_memory(LlamaConfig(**SIZES, rope_parameters=rope), **FIELDS)
+            config_with_memory(LlamaConfig(**SOURCE_SIZES, rope_parameters=rope), **FIELDS)
     with pytest.raises(ValueError, match=r"= 32, must be at most sliding_window of the source, 16"):
         add_memory(make_source("mistral"), **{**FIELDS, "segment_length": 16})
     with pytest.raises(ValueError, match=r"was not made by rmt_hf\.conversion"):
-        remove_memory(RMTForCausalLM(RMTConfig(**SIZES, **FIELDS)))
+        remove_memory(RMTForCausalLM(RMTConfig(**SOURCE_SIZES, **FIELDS)))
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match="exists already: choose a new folder"):
         convert("anything", tmp_path / "there")

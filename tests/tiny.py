@@ -11,20 +11,26 @@ from transformers import PreTrainedTokenizerFast
 from rmt_hf import RMTCache, RMTConfig, RMTForCausalLM
 
 
+# Of any model with rotary attention.
+SIZES = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
+
 def tiny_config(**overrides) -> RMTConfig:
     """Chunks of 4, segments of 8, a window of two segments, a ring of four writes; 0 pads."""
     fields = {
-        "vocab_size": 67,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **SIZES,
         "chunk_length": 4,
         "segment_length": 8,
         "num_memory_slots": 8,
         "use_qk_norm": False,  # where it is on, tests say so
-        "pad_token_id": 0,
     }
     return RMTConfig(**(fields | overrides))
 

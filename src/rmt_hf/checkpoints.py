@@ -11,6 +11,8 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
+from .report import write_whole
+
 
 RECORD_NAME = "rmt_checkpoint.json"
 UNFINISHED = ".unfinished"  # where checkpoints are written; no name that a Trainer takes for one
@@ -21,9 +23,8 @@ logger = logging.get_logger(__name__)
 def seal_checkpoint(folder: Path) -> None:
     """Writes the record of a checkpoint, after which it counts as whole."""
     files = {name: _digest(folder / name) for name in _file_names(folder)}
-    temporary = folder / f"{RECORD_NAME}.unfinished"
-    temporary.write_text(json.dumps({"format_version": 1, "sha256": files}, indent=1) + "\n", "utf-8")
-    temporary.replace(folder / RECORD_NAME)
+    text = json.dumps({"format_version": 1, "sha256": files}, indent=1) + "\n"
+    write_whole(folder / RECORD_NAME, lambda path: path.write_text(text, "utf-8"))
 
 
 def publish_checkpoint(folder: Path, target: Path) -> None:

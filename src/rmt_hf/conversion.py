@@ -8,10 +8,7 @@ trained: their share begins at zero. A home file: it does not travel with the we
 """
 
 import argparse
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,28 +21,31 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from . import RMTConfig, RMTForCausalLM
+from .report import write_whole
 
 
 logger = logging.get_logger(__name__)
 
 LAYER = "model.layers.*."
-LLAMA = {
-    **{name: name for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")},
-    **{LAYER + f"{norm}.weight": LAYER + f"{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")},
-    **{LAYER + f"mlp.{name}_proj.weight": LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")},
-    **{LAYER + f"self_attn.{name}_proj.weight": LAYER + f"self_attn.{name}_proj.weight" for name in "qkvo"},
-}
-MLP_BIAS = {LAYER + f"mlp.{name}_proj.bias": LAYER + f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")}
-ATTENTION_BIAS = {LAYER + f"self_attn.{name}_proj.bias": LAYER + f"self_attn.{name}_proj.bias" for name in "qkvo"}
-QK_NORM = {LAYER + f"self_attn.{name}_norm.weight": LAYER + f"self_attn.{name}_norm.weight" for name in "qk"}
-OUTPUT_BIAS = LAYER + "self_attn.o_proj.bias"
+LLAMA = (
+    *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+    *(LAYER + f"{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")),
+    *(LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    *(LAYER + f"self_attn.{name}_proj.weight" for name in "qkvo"),
+)
+MLP_BIAS = tuple(LAYER + f"mlp.{name}_proj.bias" for name in ("gate", "up", "down"))
+INPUT_BIAS, OUTPUT_BIAS = (
+    tuple(LAYER + f"self_attn.{name}_proj.bias" for name in "qkv"),
+    LAYER + "self_attn.o_proj.bias",
+)
+QK_NORM = tuple(LAYER + f"self_attn.{name}_norm.weight" for name in "qk")
 
-# Names of the source's tensors, and of ours, for each `model_type`; a star stands for the number of the layer.
-FAMILIES: dict[str, dict[str, str]] = {
-    "llama": {**LLAMA, **MLP_BIAS, **ATTENTION_BIAS},
+# The tensors of a source for each `model_type`, which have the same names in ours; a star is the number of the layer.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "llama": (*LLAMA, *MLP_BIAS, *INPUT_BIAS, OUTPUT_BIAS),
     "mistral": LLAMA,
-    "qwen2": {**LLAMA, **{name: ours for name, ours in ATTENTION_BIAS.items() if name != OUTPUT_BIAS}},
-    "qwen3": {**LLAMA, **ATTENTION_BIAS, **QK_NORM},
+    "qwen2": (*LLAMA, *INPUT_BIAS),
+    "qwen3": (*LLAMA, *INPUT_BIAS, OUTPUT_BIAS, *QK_NORM),
 }
 # Our tensors that begin as copies of others, and those that begin as zeros; what else is new begins as in a new model.
 COPIES = {
@@ -68,6 +68,11 @@ def matches(pattern: str, name: str) -> str | None:
     """What the star of a pattern stands for in a name, "" if it has none; None if they do not match."""
     found = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+?)", 1).replace(r"\*", ".+"), name)
     return None if found is None else "".join(found.groups())
+
+
+def matches_any(patterns: Iterable[str], name: str) -> bool:
+    """Whether one of the patterns stands for a name."""
+    return any(matches(pattern, name) is not None for pattern in patterns)
 
 
 def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
@@ -137,7 +142,7 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
         ValueError: As `config_with_memory`, or if tensors are missing or left over.
     """
     config = config_with_memory(source.config, **fields)
-    tensors = _renamed(source.state_dict(), FAMILIES[source.config.model_type])
+    tensors = source.state_dict()
     model = _load(RMTForCausalLM, config, tensors, source.dtype, new=NEW)
     own = dict(model.named_parameters())
     with torch.no_grad():
@@ -146,7 +151,7 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
                 layer = matches(pattern, name)
                 if layer is not None:
                     parameter.copy_(own[original.replace("*", layer)])
-            if name not in tensors and any(matches(pattern, name) is not None for pattern in ZEROS):
+            if name not in tensors and matches_any(ZEROS, name):
                 parameter.zero_()
     if source.generation_config is not None:
         model.generation_config = source.generation_config
@@ -170,29 +175,14 @@ def remove_memory(model: RMTForCausalLM) -> PreTrainedModel:
             "The model was not made by rmt_hf.conversion (config.converted_from is missing): nothing to go back to."
         )
     source_config = AutoConfig.for_model(**{**record, "vocab_size": model.config.vocab_size})
-    back = {ours: theirs for theirs, ours in FAMILIES[source_config.model_type].items()}
+    names = FAMILIES[source_config.model_type]
     for name, parameter in model.named_parameters():
-        if OUTPUT_BIAS not in back and matches(OUTPUT_BIAS, name) is not None and parameter.any():
+        if OUTPUT_BIAS not in names and matches(OUTPUT_BIAS, name) is not None and parameter.any():
             raise ValueError(f"{name} must be zero, since {source_config.model_type} has none: freeze it in training.")
-    kept = {
-        name: tensor for name, tensor in model.state_dict().items() if any(matches(p, name) is not None for p in back)
-    }
-    source = _load(MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)], source_config, _renamed(kept, back), model.dtype)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if matches_any(names, name)}
+    source = _load(MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)], source_config, kept, model.dtype)
     source.generation_config = model.generation_config
     return source
-
-
-def _renamed(tensors: dict[str, torch.Tensor], names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """The tensors under their new names; one that has none keeps its name, to be refused later."""
-    renamed = {}
-    for name, tensor in tensors.items():
-        for old, new in names.items():
-            layer = matches(old, name)
-            if layer is not None:
-                name = new.replace("*", layer)
-                break
-        renamed[name] = tensor
-    return renamed
 
 
 def _load(
@@ -204,9 +194,7 @@ def _load(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
     model.config.name_or_path = ""
-    missing = [
-        name for name in report["missing_keys"] if not any(matches(pattern, name) is not None for pattern in new)
-    ]
+    missing = [name for name in report["missing_keys"] if not matches_any(new, name)]
     _check_whole(missing, report["unexpected_keys"])
     return model
 
@@ -290,16 +278,12 @@ def convert(source: str | Path, target: str | Path, back: bool = False, **fields
     except (OSError, ValueError):
         tokenizer = None
         logger.warning(f"{source} has no tokenizer that can be loaded: none is written.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+
+    def write(folder: Path) -> None:
         for part in filter(None, (model, tokenizer)):
-            part.save_pretrained(unfinished)
-        unfinished.chmod(0o755)
-        os.replace(unfinished, target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+            part.save_pretrained(folder)
+
+    write_whole(target, write)
     return None if back else freeze_base(model)
 
 

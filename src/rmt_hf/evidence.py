@@ -67,18 +67,11 @@ def paper_form(base: RMTConfig) -> dict[str, Any]:
     return {"fusion_type": "softmax", "memory_write": "mean", "use_qk_norm": False, **without_lookback(base)}
 
 
-def set_gate_bias(model: RMTForCausalLM, bias: float) -> None:
-    """Sets how much a write replaces before anything is learned: the memory gate is a sigmoid of it."""
+def set_bias(model: RMTForCausalLM, kind: type[torch.nn.Module], name: str, value: float) -> None:
+    """Sets what a gate gives before anything is learned: a sigmoid of its bias."""
     for module in model.modules():
-        if isinstance(module, RMTMemory):
-            torch.nn.init.constant_(module.gate_bias, bias)
-
-
-def open_fusion_gate(model: RMTForCausalLM) -> None:
-    """Extra paths begin with half a share instead of an eighth."""
-    for module in model.modules():
-        if isinstance(module, RMTFusionGate):
-            torch.nn.init.zeros_(module.bias)
+        if isinstance(module, kind):
+            torch.nn.init.constant_(getattr(module, name), value)
 
 
 def share_query(model: RMTForCausalLM) -> None:
@@ -92,7 +85,9 @@ ROWS = {
     "no memory": Row(fields(num_memory_slots=0)),
     "paper": Row(paper_form),
     "softmax fusion": Row(fields(fusion_type="softmax")),
-    "open fusion gate": Row(prepare=open_fusion_gate),
+    "open fusion gate": Row(
+        prepare=partial(set_bias, kind=RMTFusionGate, name="bias", value=0.0)
+    ),  # half a share, not an eighth
     "pool write": Row(fields(memory_write="pool")),
     "mean write": Row(fields(memory_write="mean")),
     "no lookback": Row(without_lookback),
@@ -101,7 +96,7 @@ ROWS = {
     "two slots per chunk": Row(fields(num_slots_per_chunk=2)),
     "two slots per double chunk": Row(lambda base: {"num_slots_per_chunk": 2, "chunk_length": 2 * base.chunk_length}),
     "plain sigmoid gate": Row(gate_stretch=0.0),
-    "keeping gate": Row(prepare=partial(set_gate_bias, bias=-1.0)),
+    "keeping gate": Row(prepare=partial(set_bias, kind=RMTMemory, name="gate_bias", value=-1.0)),
     "shared query": Row(prepare=share_query),
     "Llama": Row(peer=("llama", {})),
     "Mistral, our window": Row(peer=("mistral", {})),

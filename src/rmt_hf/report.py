@@ -190,6 +190,8 @@ def environment(packages: tuple[str, ...] = ("torch", "transformers")) -> dict[s
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file or a folder under a temporary name beside it, then renames it: a reader never meets half of it.
 
+    If writing fails, nothing is left and what was there stays.
+
     Args:
         path: Where it shall be; replaced if it exists.
         write: Called with the temporary name, which has the same suffix.
@@ -197,7 +199,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".unfinished-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_folder(temporary)
-    write(temporary)
+    try:
+        write(temporary)
+    except BaseException:
+        _remove_folder(temporary)
+        temporary.unlink(missing_ok=True)
+        raise
     _remove_folder(path)  # a folder is not renamed over another
     temporary.replace(path)
 

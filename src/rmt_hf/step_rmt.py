@@ -104,8 +104,8 @@ def attend_one_token(
     Returns:
         (B, H * D), and the state.
     """
-    reads = token.memory is not None and module.num_memory_slots > 0
-    query, key, *asked = _heads(module, hidden_states, ("q", "k", "memory_q") if reads else ("q", "k"))
+    names = ("q", "k") if token.memory is None else ("q", "k", "memory_q")
+    query, key, *asked = _heads(module, hidden_states, names)
     query, key = (_rotated(states, rotation) for states, rotation in zip((query, key), token.rotations, strict=True))
     state = _lay(module, hidden_states, key, step, state.to(key.dtype))
     num_heads, cells = state.keys.shape[1], (-1, module.num_key_value_groups, module.head_dim)  # (B * G, H / G, D)

@@ -82,11 +82,22 @@ def test_the_stretch_of_the_gate_is_that_of_the_row_while_it_runs(tmp_path, monk
     assert evidence.memory_rmt.GATE_STRETCH == before > 0
 
 
+def test_a_peer_in_our_time_reads_its_share_of_text_alone_and_rows_come_in_order(tmp_path):
+    rows = ["memory tokens, our time", "default"]
+    arguments = [*TINY, "--text-tokens", "320"]
+    evidence.main(["--output-dir", str(tmp_path), "--rows", rows[0], "--seeds", "0", *arguments])
+    evidence.main(["--output-dir", str(tmp_path), "--rows", rows[1], "--seeds", "0", *arguments])
+    runs = read_runs(tmp_path / "runs.jsonl", list(evidence.ROWS))
+    assert list(runs["text"]) == rows[::-1] and list(runs["recall"]) == ["default"]
+    tokens = [runs["text"][name][0]["train_tokens"] for name in rows]
+    assert tokens == [round(0.21 * 320 / 32) * 32, 320]
+
+
 def test_a_keeping_gate_and_a_shared_query_are_what_they_say():
     base = evidence.recall_config()
     (layer,) = evidence.build(evidence.ROWS["keeping gate"], base, 0).model.layers
     assert (layer.self_attn.memory.gate_bias == -1).all()
-    (layer,) = evidence.build(evidence.ROWS["open fusion gate"], base, 0).model.layers
-    assert not layer.self_attn.fusion_gate_proj.bias.any()
+    (layer,) = evidence.build(evidence.ROWS["closed fusion gate"], base, 0).model.layers
+    assert (layer.self_attn.fusion_gate_proj.bias == -2).all()
     (layer,) = evidence.build(evidence.ROWS["shared query"], base, 0).model.layers
     assert layer.self_attn.memory_q_proj is layer.self_attn.q_proj

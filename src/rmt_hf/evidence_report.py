@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,18 @@ from .report import write_whole
 REFERENCE = "default"
 
 
-def read_runs(file: Path) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
-    """Runs by task, row and seed; of several with other settings the last one counts."""
+def read_runs(file: Path, order: Sequence[str] = ()) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
+    """Runs by task, row and seed, rows in an order; of several runs with other settings the last one counts."""
     runs: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
-    for line in file.read_text("utf-8").splitlines():
-        run = json.loads(line)
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    for run in sorted(lines, key=lambda run: order.index(run["row"]) if run["row"] in order else len(order)):
         runs.setdefault(run["task"], {}).setdefault(run["row"], {})[run["seed"]] = run
     return runs
 
 
-def write_evidence(file: Path, directory: Path) -> None:
-    """Writes `table.md` and `evidence.png` of the runs in a file of JSON lines."""
-    runs = read_runs(file)
+def write_evidence(file: Path, directory: Path, order: Sequence[str] = ()) -> None:
+    """Writes `table.md` and `evidence.png` of the runs in a file of JSON lines, rows in an order."""
+    runs = read_runs(file, order)
     text = "\n".join(table(task, rows) for task, rows in runs.items())
     write_whole(directory / "table.md", lambda path: path.write_text(text, "utf-8"))
     write_whole(directory / "evidence.png", lambda path: plot(runs, path))

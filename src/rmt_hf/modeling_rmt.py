@@ -84,7 +84,7 @@ class RMTDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), state
 
 
-FUSION_GATE_BIAS = -2.0  # sigmoid 0.12: the extra paths begin nearly closed
+FUSION_GATE_BIAS = 0.0  # sigmoid 0.5: the extra paths begin half open
 MEMORIZE_TOKENS = 8192  # tokens of all rows in one call of `memorize`: enough for speed, and little memory
 MEMORY_GATE_BIAS = 1.0  # stretched sigmoid 0.78: a write begins as mostly a replacement, with a gradient
 

@@ -324,8 +324,6 @@ def test_initial_values_are_those_of_the_table(fusion):
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", "fusion_scale", "memory.gate_bias")):
             assert (parameter == 1).all(), name
-        elif name.endswith("fusion_gate_proj.bias"):
-            assert (parameter == -2).all(), name
         elif name.endswith((".bias", "gate_weight", "fusion_logits")):
             assert (parameter == 0).all(), name
         else:

@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
 from .layout_rmt import FRESH, SEGMENTS, CallLayout, StepView
-from .memory_rmt import RMTMemory, Slots, at_least_float32, empty_slots, forget_slots
+from .memory_rmt import RMTMemory, Slots, at_least_float32, empty_slots, forget_slots, inverse_rms
 from .paths_rmt import (
     Paths,
     Projections,
@@ -44,12 +44,14 @@ class RMTRMSNorm(nn.Module):
         wide, weight = at_least_float32(hidden_states), at_least_float32(self.weight)
         if self.training or wide.device.type != "cpu":
             normed = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), self.eps)
-        else:  # the same in a quarter of the time; not by grad mode, which changes within a reentrant checkpoint
-            normed = wide * weight * (wide.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        else:  # the same in half the time; not by grad mode, which changes within a reentrant checkpoint
+            normed = wide * weight * inverse_rms(wide, self.eps)
         return normed if normed.dtype == hidden_states.dtype else normed.to(hidden_states.dtype)
 
 
-FEW_ROWS, NARROW = 8, 512  # up to which a product with the weights on the left is the quicker one
+# Up to these a product with the weights on the left is the quicker one: rows, width, and numbers in all rows.
+FEW_ROWS, NARROW, FEW_NUMBERS = 8, 1024, 4096
+DTYPES_OF_MKL = (torch.float32, torch.float64)
 
 
 class RMTLinear(nn.Linear):
@@ -61,15 +63,16 @@ class RMTLinear(nn.Linear):
     """
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        rows = states.numel() // self.in_features
-        is_quick = rows <= FEW_ROWS and self.in_features <= NARROW and states.dtype in (torch.float32, torch.float64)
-        if self.training or not is_quick or states.device.type != "cpu":
+        numbers, width = states.numel(), self.in_features
+        is_few = numbers <= FEW_ROWS * width and numbers < FEW_NUMBERS and width <= NARROW
+        if self.training or not is_few or not states.is_cpu or states.dtype not in DTYPES_OF_MKL:
             return super().forward(states)
-        flat = states.reshape(rows, self.in_features)
-        columns = (torch.cat([flat, flat]) if rows == 1 else flat).t()
-        output = self.weight.mm(columns).t()[:rows].contiguous()
-        output = output if self.bias is None else output + self.bias
-        return output.view(*states.shape[:-1], self.out_features)
+        is_flat = states.dim() == 2
+        flat = states if is_flat else states.reshape(-1, width)
+        columns = (torch.cat([flat, flat]) if numbers == width else flat).t()
+        output, bias = self.weight.mm(columns).t()[: numbers // width].contiguous(), self.bias
+        output = output if bias is None else output + bias
+        return output if is_flat else output.view(*states.shape[:-1], self.out_features)
 
 
 def rotary_turns(config: RMTConfig) -> torch.Tensor:

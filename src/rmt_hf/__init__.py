@@ -18,7 +18,9 @@ from .modeling_rmt import (
 
 
 if TYPE_CHECKING:
-    from .training import RMTTrainer, RMTTrainingArguments, StreamSchedule
+    from .monitoring import RMTMemoryCallback
+    from .training import RMTTrainer
+    from .training_arguments import RMTTrainingArguments, StreamSchedule
 
 transformers.AutoConfig.register(RMTConfig.model_type, RMTConfig, exist_ok=True)
 for _auto_class, (_model_class, _) in AUTO_CLASSES.items():
@@ -31,6 +33,7 @@ __all__ = [
     "RMTForQuestionAnswering",
     "RMTForSequenceClassification",
     "RMTForTokenClassification",
+    "RMTMemoryCallback",
     "RMTModel",
     "RMTPreTrainedModel",
     "RMTTrainer",
@@ -41,7 +44,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Training is imported when it is asked for: it needs `datasets`, and the model does not."""
-    if name in ("RMTTrainer", "RMTTrainingArguments", "StreamSchedule"):
+    if name in ("RMTMemoryCallback", "RMTTrainer", "RMTTrainingArguments", "StreamSchedule"):
         from . import training
 
         return getattr(training, name)

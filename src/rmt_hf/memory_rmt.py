@@ -201,11 +201,7 @@ class RMTMemory(nn.Module):
         rest = old.map(lambda tensor: tensor[:, written:])
         old = old.map(lambda tensor: tensor[:, :written])
         empty = old.strengths == -torch.inf
-        features = torch.cat([old.keys, old.values, new.keys, new.values], -1)
-        # Not an einsum: autocast would take that out of float32.
-        logits = (at_least_float32(features) * at_least_float32(self.gate_weight)).sum(-1)
-        gate = stretched_sigmoid(logits + at_least_float32(self.gate_bias))
-        gate = torch.where(empty, 1.0, gate)
+        gate = torch.where(empty, 1.0, self.openness(old, new))
         old = old._replace(strengths=old.strengths.masked_fill(empty, 0))
         # An empty candidate (strength -inf) stands for a segment before the stream began: it only ever meets empties.
         mixed = [torch.lerp(old.strengths, new.strengths.clamp_min(torch.finfo(torch.float32).min), gate)]
@@ -213,6 +209,18 @@ class RMTMemory(nn.Module):
         for before, after in ((old.values, new.values), (old.keys, new.keys)):
             mixed.insert(0, torch.lerp(before, after, gate[..., None].to(before.dtype)))
         return Slots(*(torch.cat(pair, 1) for pair in zip(mixed, rest, strict=True)))
+
+    def openness(self, old: Slots, new: Slots) -> torch.Tensor:
+        """The gate: how much of each old slot a new one replaces, were it written; (..., G) float32 or wider, 0 to 1.
+
+        Args:
+            old: (..., G, D), what is in the ring.
+            new: (..., G, D), what comes to its place.
+        """
+        features = torch.cat([old.keys, old.values, new.keys, new.values], -1)
+        # Not an einsum: autocast would take that out of float32.
+        logits = (at_least_float32(features) * at_least_float32(self.gate_weight)).sum(-1)
+        return stretched_sigmoid(logits + at_least_float32(self.gate_bias))
 
     def version(self, rounds: Slots, num_writes: torch.Tensor) -> Slots:
         """Memory after a number of writes, oldest slot first.

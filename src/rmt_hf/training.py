@@ -7,8 +7,7 @@ Shapes: B rows, T columns of a batch, S segment length.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +15,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import Trainer, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from .cache_rmt import RMTCache
@@ -26,97 +24,8 @@ from .checkpoints import UNFINISHED, damage, last_whole_checkpoint, publish_chec
 from .data import IGNORED
 from .lane_state import Call, Columns, LaneState, begin_documents, read_columns
 from .lanes import Lanes, StreamedLanes
-
-
-@dataclass
-class RMTTrainingArguments(TrainingArguments):
-    """`TrainingArguments`, and how rows are read.
-
-    Args:
-        stream_length: Columns of a piece, a multiple of `segment_length`: every row of a batch is a lane that reads
-            documents of the data set one after another in such pieces, its state carried from step to step. None
-            trains on rows as they are, each a stream of its own.
-        bptt_segments: Stream mode: segments before a piece that its loss sends gradient through, and no further back.
-            They are read again, so a step costs 1 + bptt_segments * segment_length / stream_length times as much.
-        checkpoint_segments: Segments of a call whose activations are kept at a time; those of all others are computed
-            again in the backward pass, from the state before them. None keeps all. Also without stream mode.
-    """
-
-    stream_length: int | None = field(default=None, metadata={"help": "Columns of a piece; None for plain rows."})
-    bptt_segments: int = field(default=0, metadata={"help": "Segments before a piece that get gradient."})
-    checkpoint_segments: int | None = field(
-        default=None, metadata={"help": "Segments whose activations are kept at a time; None for all."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("stream_length", 1), ("bptt_segments", 0), ("checkpoint_segments", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
-        if self.bptt_segments and self.stream_length is None:
-            raise ValueError(
-                f"bptt_segments={self.bptt_segments} is for stream mode, got stream_length=None: the gradient of plain "
-                "rows goes through the whole row. Give a stream_length, or leave it out."
-            )
-        if self.stream_length is not None:
-            self._refuse_what_breaks_lanes()
-
-    def _refuse_what_breaks_lanes(self) -> None:
-        """Refuses options under which a lane would silently not go on where it was."""
-        wrong = {
-            "train_sampling_strategy": (
-                self.train_sampling_strategy not in ("random", "sequential"),
-                "lanes have an order of their own",
-            ),
-            "ignore_data_skip": (self.ignore_data_skip, "a resumed lane goes on in the middle of a document"),
-            "auto_find_batch_size": (self.auto_find_batch_size, "the number of lanes must not change"),
-            "label_smoothing_factor": (
-                self.label_smoothing_factor != 0,
-                "it does not know the first label of the next piece",
-            ),
-            "accelerator_config.split_batches": (
-                self.accelerator_config.split_batches,  # type: ignore[union-attr]  # made by super().__post_init__
-                "lanes belong to processes",
-            ),
-        }
-        for name, (is_wrong, reason) in wrong.items():
-            if is_wrong:
-                raise ValueError(f"{name} does not work in stream mode (stream_length={self.stream_length}): {reason}.")
-
-
-class StreamSchedule(TrainerCallback, ExportableState):
-    """A curriculum for stream mode: how far gradient reaches, by step. Tokens per step stay the same.
-
-    The lanes are read as ever, `stream_length` of the arguments at a time; a shorter piece cuts each of those, so that
-    less is learned through memory, from more and cheaper backward passes. Logs, and with them the trainer state, name
-    both lengths.
-
-    Args:
-        stages: (first step, stream length, `bptt_segments`) of each stage, the first one from step 0. Stream lengths
-            are multiples of `segment_length` and divide that of the arguments. What a stage reads again more than the
-            one before, it reads again from its second step on.
-
-    Raises:
-        ValueError: If the stages are not in order.
-    """
-
-    def __init__(self, stages: Sequence[Sequence[int]]) -> None:
-        self.stages = [list(stage) for stage in stages]
-        steps = [stage[0] for stage in self.stages if len(stage) == 3]
-        if len(steps) < len(self.stages) or steps[:1] != [0] or steps != sorted(set(steps)):
-            raise ValueError(
-                "stages must be triples (first step, stream length, bptt_segments), in the order of their steps, the "
-                f"first from step 0; got {self.stages}."
-            )
-
-    def at(self, step: int) -> tuple[int, int]:
-        """Stream length and `bptt_segments` of a step."""
-        _, length, segments = next(stage for stage in reversed(self.stages) if stage[0] <= step)
-        return length, segments
-
-    def state(self) -> dict:
-        return {"args": {"stages": self.stages}, "attributes": {}}
+from .monitoring import RMTMemoryCallback
+from .training_arguments import RMTTrainingArguments, StreamSchedule
 
 
 class LaneSampler(Sampler[int]):
@@ -206,6 +115,10 @@ class RMTTrainer(Trainer):
         schedules = [callback for callback in self.callback_handler.callbacks if isinstance(callback, StreamSchedule)]
         return (schedules or [StreamSchedule([(0, self.args.stream_length or 0, self.args.bptt_segments)])])[0]
 
+    @property
+    def _memory_callbacks(self) -> list[RMTMemoryCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, RMTMemoryCallback)]
+
     # Data
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -282,6 +195,8 @@ class RMTTrainer(Trainer):
     ) -> Any:
         """As every `Trainer`; lanes go on with their state, and take over the new one."""
         is_stream = self._is_stream(inputs)
+        for callback in self._memory_callbacks if model.training else []:
+            callback.keep(inputs, self._lanes)
         if is_stream and not model.training:
             return self._evaluate_piece(model, inputs, return_outputs)
         if return_outputs or not (
@@ -367,10 +282,12 @@ class RMTTrainer(Trainer):
     # Logs and checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As every `Trainer`; in stream mode with the lengths of the step."""
+        """As every `Trainer`; with the lengths of the step in stream mode, and what an `RMTMemoryCallback` sees."""
         if self.args.stream_length is not None and "loss" in logs:
             length, segments = self._schedule.at(max(0, self.state.global_step - 1))
             logs = {**logs, "stream_length": length, "bptt_segments": segments}
+        for callback in self._memory_callbacks if "loss" in logs else []:
+            logs = {**logs, **callback.measure()}
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:

@@ -1,0 +1,289 @@
+"""What memory does, as the loggers see it: figures worked out by hand, a training that is not disturbed, warnings."""
+
+import logging
+import math
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from rmt_hf import RMTCache, RMTMemoryCallback, RMTTrainer, RMTTrainingArguments
+from rmt_hf.memory_rmt import Slots, stretched_sigmoid
+from rmt_hf.monitoring import LayerMeans, note_slots, read_once_more, slot_attention
+from rmt_hf.paths_rmt import memory_attention
+from tiny import tiny_config, tiny_ids, tiny_model
+
+
+S = 8  # segment_length of the tiny configuration: a window of two segments, a ring of four writes of two slots
+GATES = {"memory_gate_mean", "memory_gate_open", "memory_gate_shut"}
+SLOTS = {f"memory_{part}_{kind}" for part in ("key", "value") for kind in ("norm", "similarity")}
+ALL = GATES | SLOTS | {"memory_slot_use", "memory_read_age", "fusion_local", "fusion_memory"}
+
+
+def figures(model, columns: int = 20 * S, num_segments: int = 100, **inputs) -> list[dict[str, float]]:
+    """Figures of each layer after two rows have been read."""
+    inputs = inputs or {"input_ids": tiny_ids(2, columns)}
+    return [layer.means() for layer in read_once_more(model.model, inputs, RMTCache(model.config), num_segments)]
+
+
+def with_gate_bias(bias: float, **overrides):
+    """A model all of whose memory gates have one opening."""
+    model = tiny_model(**overrides)
+    for layer in model.model.layers:
+        layer.self_attn.memory.gate_weight.data.zero_()
+        layer.self_attn.memory.gate_bias.data.fill_(bias)
+    return model
+
+
+# Figures
+
+
+@pytest.mark.parametrize(("bias", "shut", "open"), [(-20.0, 1, 0), (0.5, 0, 0), (20.0, 0, 1)])
+def test_gates_are_those_of_writes_that_meet_something(bias: float, shut: float, open: float) -> None:
+    for layer in figures(with_gate_bias(bias)):
+        expected = stretched_sigmoid(torch.tensor(bias)).item()
+        assert layer["memory_gate_mean"] == pytest.approx(expected, abs=1e-7)
+        assert (layer["memory_gate_shut"], layer["memory_gate_open"]) == (shut, open)
+    first, second = figures(with_gate_bias(bias), 5 * S)  # four writes, which fill an empty ring
+    assert GATES.isdisjoint(first) and GATES.isdisjoint(second)
+
+
+def test_weights_are_those_that_memory_is_read_with() -> None:
+    for overrides in ({}, {"use_qk_norm": True}):
+        model = tiny_model(**overrides)
+        memory = model.memorize(tiny_ids(2, 9 * S)).layers[1].state.memory
+        attention, hidden = model.model.layers[1].self_attn, torch.randn(2, 5, 32, dtype=torch.float64)
+        query = attention.memory_q_proj(hidden).unflatten(-1, (4, -1))
+        query = attention.memory_q_norm(query) if attention.use_qk_norm else query
+        expected = memory_attention(attention, query, memory.map(lambda tensor: tensor[:, None]))
+        weights = slot_attention(attention, hidden, memory)
+        found = torch.einsum("bgrtm,bmgd->btgrd", weights, memory.values).flatten(2, 3)
+        torch.testing.assert_close(found, expected)
+
+
+def test_reads_of_a_model_that_reads_all_slots_alike() -> None:
+    model = tiny_model(memory_write="mean")
+    for layer in model.model.layers:
+        layer.self_attn.memory_q_proj.weight.data.zero_()
+    for layer in figures(model, 8 * S):
+        # Segments 2 to 7 find these writes of two slots each, and the null slot; the newest is 2 segments old.
+        filled = [1, 2, 3, 4, 4, 4]
+        shares = [2 * n / (2 * n + 1) for n in filled]
+        assert layer["memory_slot_use"] == pytest.approx(sum(shares) / 6)
+        ages = [1 + (n + 1) / 2 for n in filled]
+        expected = sum(share * age for share, age in zip(shares, ages, strict=True)) / sum(shares)
+        assert layer["memory_read_age"] == pytest.approx(expected)
+
+
+def test_shares_of_fusion() -> None:
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.fusion_gate_proj.weight.data.zero_()
+        layer.self_attn.fusion_gate_proj.bias.data = torch.tensor([0.3] * 4 + [-1.0] * 4).double()
+        layer.self_attn.fusion_scale.data = torch.tensor([[2.0] * 4, [0.5] * 4]).double()
+    for layer in figures(model):
+        assert layer["fusion_local"] == pytest.approx(2 / (1 + math.exp(-0.3)), rel=1e-6)
+        assert layer["fusion_memory"] == pytest.approx(0.5 / (1 + math.exp(1.0)), rel=1e-6)
+    for index, layer in enumerate(figures(model := tiny_model(fusion_type="softmax"))):
+        expected = model.model.layers[index].self_attn.fusion_logits.softmax(0).tolist()
+        assert [layer[f"fusion_{name}"] for name in ("global", "local", "memory")] == pytest.approx(expected, rel=1e-6)
+
+
+def test_slots_that_hold_something_are_measured_two_by_two() -> None:
+    generator, means = torch.Generator().manual_seed(0), LayerMeans()
+    keys, values = (torch.randn(1, 4, 1, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    strengths = torch.tensor([-torch.inf, -1.0, 0.0, -2.0]).reshape(1, 4, 1)
+    note_slots(Slots(keys, values, strengths), means)
+    for part, states in (("key", keys[0, 1:, 0]), ("value", values[0, 1:, 0])):
+        cosines = torch.nn.functional.cosine_similarity(states[:, None], states[None], dim=-1)
+        expected = (cosines[0, 1] + cosines[0, 2] + cosines[1, 2]) / 3
+        assert means.means()[f"memory_{part}_similarity"] == pytest.approx(expected.item())
+        assert means.means()[f"memory_{part}_norm"] == pytest.approx(states.norm(dim=-1).mean().item())
+    nothing = LayerMeans()
+    note_slots(Slots(keys, values, torch.full_like(strengths, -torch.inf)), nothing)
+    assert nothing.means() == {}
+
+
+def test_padding_does_not_count() -> None:
+    model, ids = tiny_model(), tiny_ids(1, 7 * S + 3)
+    alone = figures(model, input_ids=ids)
+    padded = torch.nn.functional.pad(ids, (0, 2 * S + 1))
+    mask = (torch.arange(padded.shape[1]) < ids.shape[1]).long()[None]
+    rows = {"input_ids": padded.repeat(2, 1), "attention_mask": mask.repeat(2, 1)}
+    for layer, expected in zip(figures(model, **rows), alone, strict=True):
+        assert layer == pytest.approx(expected) and layer.keys() == ALL - GATES | GATES & expected.keys()
+
+
+def test_another_document_finds_empty_memory() -> None:
+    model, ids = tiny_model(), tiny_ids(1, 10 * S)
+    restarted = torch.arange(10 * S)[None] % (5 * S)
+    packed = figures(model, input_ids=ids, position_ids=restarted)
+    both = [figures(model, input_ids=ids[:, part]) for part in (slice(0, 5 * S), slice(5 * S, None))]
+    for index, layer in enumerate(packed):
+        first, second = (each[index] for each in both)
+        assert GATES.isdisjoint(layer)  # neither has filled the ring
+        assert layer["fusion_memory"] == pytest.approx((first["fusion_memory"] + second["fusion_memory"]) / 2)
+        assert layer["memory_slot_use"] == pytest.approx((first["memory_slot_use"] + second["memory_slot_use"]) / 2)
+        assert layer["memory_value_norm"] == pytest.approx(second["memory_value_norm"])
+
+
+# While training
+
+
+def trainer(model, tmp_path, callbacks=(), rows: int = 2, columns: int = 12 * S, **arguments) -> RMTTrainer:
+    defaults = {"use_cpu": True, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 0.01}
+    defaults |= {"per_device_train_batch_size": rows, "max_steps": 4, "stream_length": 3 * S, "seed": 0}
+    ids = tiny_ids(rows, columns)
+    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    args = RMTTrainingArguments(output_dir=str(tmp_path), **(defaults | arguments))
+    return RMTTrainer(model, args, train_dataset=data, callbacks=list(callbacks))
+
+
+def training_logs(run: Trainer) -> list[dict[str, float]]:
+    return [entry for entry in run.state.log_history if "loss" in entry]
+
+
+PLAIN = {"stream_length": None}
+MODES = {
+    "lanes": {"bptt_segments": 2},
+    "lanes in groups": {"checkpoint_segments": 2, "activation_checkpointing": True},
+    "accumulated": {"gradient_accumulation_steps": 2, "bf16": True},
+    "plain rows": PLAIN,
+    "plain rows in groups": PLAIN | {"checkpoint_segments": 2},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_training_goes_on_as_if_nothing_had_been_looked_at(mode: str, tmp_path) -> None:
+    results = []
+    for callbacks in ([], [RMTMemoryCallback()]):
+        torch.manual_seed(0)
+        model = tiny_model(dtype=torch.float32, attention_dropout=0.2)  # which needs the random state
+        run = trainer(model, tmp_path, callbacks, **MODES[mode])
+        run.train()
+        lanes = [] if run.lane_state.state is None else run.lane_state.state.tensors()
+        results.append((run, [*model.state_dict().values(), torch.get_rng_state(), *lanes]))
+    (plain, without), (noted, with_callback) = results
+    names = ("loss", "grad_norm", "learning_rate")
+    assert [[e[n] for n in names] for e in training_logs(plain)] == [
+        [e[n] for n in names] for e in training_logs(noted)
+    ]
+    assert len(without) == len(with_callback) and all(map(torch.equal, without, with_callback))
+    assert training_logs(noted)[-1].keys() >= ALL and ALL.isdisjoint(training_logs(plain)[-1])
+
+
+def test_lanes_are_read_on_from_where_they_are(tmp_path) -> None:
+    """With weights that do not move, the second step is one stream with the first."""
+    model = tiny_model(dtype=torch.float32)
+    run = trainer(model, tmp_path, [RMTMemoryCallback()], rows=1, learning_rate=0.0, max_steps=3)
+    run.train()
+    first, _, third = training_logs(run)
+    assert GATES.isdisjoint(first)  # two writes, which find an empty ring
+    ids = tiny_ids(1, 9 * S)
+    state = model.eval().memorize(ids[:, : 6 * S])
+    layers = [layer.means() for layer in read_once_more(model.model, {"input_ids": ids[:, 6 * S :]}, state, 100)]
+    for name in ALL:
+        assert third[name] == pytest.approx(sum(layer[name] for layer in layers) / 2, rel=1e-5), name
+
+
+@pytest.mark.parametrize("arguments", [{"logging_steps": 2}, {"logging_strategy": "epoch"}])
+def test_only_what_is_logged_is_measured(arguments: dict, tmp_path, monkeypatch) -> None:
+    measured = []
+    monkeypatch.setattr("rmt_hf.monitoring.read_once_more", lambda *given: measured.append(given) or [])
+    run = trainer(tiny_model(dtype=torch.float32), tmp_path, [RMTMemoryCallback()], **arguments)
+    run.train()
+    assert len(measured) == len(training_logs(run)) == (2 if "logging_steps" in arguments else 1)
+
+
+def test_no_more_rows_and_segments_than_asked_for(tmp_path, monkeypatch) -> None:
+    sizes, calls = [], []
+
+    def spy(model, inputs, state, num_segments):
+        sizes.append((*inputs["input_ids"].shape, len(state.positions), num_segments))
+        return []
+
+    monkeypatch.setattr("rmt_hf.monitoring.read_once_more", spy)
+    callback = RMTMemoryCallback(num_rows=2, num_segments=5)
+    trainer(tiny_model(dtype=torch.float32), tmp_path, [callback], rows=3, max_steps=2).train()
+    assert sizes == [(2, 3 * S, 0, 5), (2, 3 * S, 2, 5)]
+    model = tiny_model()
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    figures(model, 20 * S, num_segments=5)
+    assert len(calls) == 5
+
+
+def test_tensorboard_shows_it(tmp_path, monkeypatch) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    run = trainer(
+        tiny_model(dtype=torch.float32), tmp_path, [RMTMemoryCallback()], report_to="tensorboard", logging_steps=2
+    )
+    run.train()
+    events = EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    for name in ALL:
+        shown = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert shown == pytest.approx({e["step"]: e[name] for e in training_logs(run) if name in e}), name
+        assert 4 in shown
+
+
+# Warnings
+
+
+def warnings_of(model, tmp_path, caplog, monkeypatch, **arguments) -> list[str]:
+    monkeypatch.setattr(logging.getLogger("rmt_hf"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "rmt_hf.monitoring"):
+        trainer(model.float(), tmp_path, [RMTMemoryCallback()], learning_rate=0.0, **arguments).train()
+    return [record.getMessage() for record in caplog.records if record.name == "rmt_hf.monitoring"]
+
+
+def alike():
+    """A model that embeds all tokens alike: everything it keeps is the same."""
+    model = tiny_model()
+    model.model.embed_tokens.weight.data[:] = model.model.embed_tokens.weight.data[5].clone()
+    return model
+
+
+COLLAPSED = {
+    "shut": (lambda: with_gate_bias(-20.0), ["memory_gate_shut"]),
+    "open": (lambda: with_gate_bias(20.0), ["memory_gate_open"]),
+    "alike": (alike, ["memory_key_similarity", "memory_value_similarity"]),
+    "healthy": (tiny_model, []),
+    "as it begins": (lambda: type(tiny_model())(tiny_config()), []),
+}
+
+
+@pytest.mark.parametrize("name", COLLAPSED)
+def test_a_collapse_is_warned_about_once(name: str, tmp_path, caplog, monkeypatch) -> None:
+    make, expected = COLLAPSED[name]
+    found = warnings_of(make(), tmp_path, caplog, monkeypatch, max_steps=12)
+    assert len(found) == len(expected)
+    for message, figure in zip(found, expected, strict=True):
+        values = re.match(rf"Memory has collapsed in the layers \[0, 1\]: {figure} is (\S+), (\S+)\. ", message)
+        assert values and min(map(float, values.groups())) > 0.99
+        assert "Begin again with a lower learning rate" in message or "else begin again" in message
+
+
+def test_two_logs_are_no_collapse(tmp_path, caplog, monkeypatch) -> None:
+    """The second step, which ends with the fifth write, is the first in which gates are seen."""
+    assert warnings_of(with_gate_bias(20.0), tmp_path, caplog, monkeypatch, max_steps=3) == []
+    assert len(warnings_of(with_gate_bias(20.0), tmp_path, caplog, monkeypatch, max_steps=4)) == 1
+
+
+# What is refused
+
+
+def test_what_cannot_be_logged_is_refused_before_training(tmp_path) -> None:
+    with pytest.raises(ValueError, match="logs through RMTTrainer, got a Trainer with TrainingArguments"):
+        args = TrainingArguments(str(tmp_path), use_cpu=True)
+        data = Dataset.from_dict({"input_ids": [[1]]})
+        Trainer(tiny_model(), args, train_dataset=data, callbacks=[RMTMemoryCallback()]).train()
+    with pytest.raises(ValueError, match="wants an RMT model with memory, got num_memory_slots=0"):
+        trainer(tiny_model(num_memory_slots=0), tmp_path, [RMTMemoryCallback()]).train()
+    for name in ("num_rows", "num_segments"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            RMTMemoryCallback(**{name: 0})

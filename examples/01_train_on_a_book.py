@@ -16,13 +16,14 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, pipeline, set_seed
+from transformers import pipeline, set_seed
 
-from rmt_hf import RMTConfig, RMTForCausalLM
+from rmt_hf import RMTConfig, RMTForCausalLM, RMTTrainingArguments
 from rmt_hf.controls import empty_memories, pass_on_memories, stream_bits
-from rmt_hf.data import cut_into_rows, shakespeare, token_byte_counts, tokenize, train_tokenizer
+from rmt_hf.data import shakespeare, token_byte_counts, train_tokenizer
 from rmt_hf.evaluation import Comparison, logits_in_new_process, token_bits
 from rmt_hf.report import environment, write_report, write_whole
+from rmt_hf.text_training import text_trainer, tokenize_texts
 
 
 def make_config(args: argparse.Namespace, token_id: int, intermediate_size: int, num_memory_slots: int) -> RMTConfig:
@@ -58,9 +59,9 @@ def make_models(args: argparse.Namespace, token_id: int) -> tuple[RMTForCausalLM
     return model, RMTForCausalLM(make_config(args, token_id, width, 0))
 
 
-def train(model: RMTForCausalLM, rows: Dataset, tokenizer, args: argparse.Namespace) -> str:
-    """Trains in place with the plain Trainer; returns size, seconds and loss in words."""
-    arguments = TrainingArguments(
+def train(model: RMTForCausalLM, documents: Dataset, args: argparse.Namespace) -> str:
+    """Trains in place on plain rows; returns size, seconds and loss in words."""
+    arguments = RMTTrainingArguments(
         output_dir=str(args.output_dir),
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
@@ -76,8 +77,7 @@ def train(model: RMTForCausalLM, rows: Dataset, tokenizer, args: argparse.Namesp
         dataloader_pin_memory=False,
         seed=args.seed,  # the same rows in the same order for every model
     )
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=collator)
+    trainer = text_trainer(model, documents, arguments, row_length=args.row_length)
     start = time.perf_counter()
     trainer.train()
     model.config.use_cache = True  # the Trainer has switched it off; generation wants it
@@ -120,17 +120,17 @@ def main() -> None:
 
     train_texts, held_out = shakespeare(args.max_documents)
     tokenizer = train_tokenizer(train_texts["text"], args.vocab_size)
-    rows = cut_into_rows(tokenize(train_texts, tokenizer), args.row_length)
-    documents = tokenize(held_out, tokenizer)["input_ids"]
-    length = min(args.document_tokens, *map(len, documents))
-    input_ids = torch.tensor([ids[:length] for ids in documents])
+    documents = tokenize_texts(train_texts, tokenizer)
+    held_out_ids = tokenize_texts(held_out, tokenizer)["input_ids"]
+    length = min(args.document_tokens, *map(len, held_out_ids))
+    input_ids = torch.tensor([ids[:length] for ids in held_out_ids])
     token_bytes = token_byte_counts(tokenizer)[input_ids[:, 1:]]
 
     model, bare = make_models(args, tokenizer.eos_token_id)
     if args.no_memory_to is not None:
-        summary = train(bare, rows, tokenizer, args)
+        summary = train(bare, documents, args)
         return save_file({"bits": token_bits(bare, input_ids)}, args.no_memory_to, {"training": summary})
-    training = {"own": train(model, rows, tokenizer, args)}
+    training = {"own": train(model, documents, args)}
     controls = {"empty": empty_memories, "other": pass_on_memories}
     bits = stream_bits(model, input_ids, controls, show_progress=True)
     if other.wait():
@@ -149,8 +149,9 @@ def main() -> None:
     generator = pipeline("text-generation", model=str(folder))
     sample = generator(prompt, max_new_tokens=args.sample_tokens, do_sample=True, top_k=40, return_full_text=False)
 
+    num_rows = sum(len(ids) // args.row_length for ids in documents["input_ids"])
     facts = {
-        "trained on": f"{rows.num_rows:,} rows of {args.row_length:,} tokens from {len(train_texts)} texts, "
+        "trained on": f"{num_rows:,} rows of {args.row_length:,} tokens from {len(train_texts)} texts, "
         f"{args.steps:,} steps of {args.batch_size} rows, the same for both models",
         "measured on": f"the first {length:,} tokens of {', '.join(held_out['title'])}",
         "model (a)": training["own"],

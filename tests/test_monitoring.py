@@ -10,6 +10,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from rmt_hf import RMTCache, RMTMemoryCallback, RMTTrainer, RMTTrainingArguments
+from rmt_hf.lane_state import LaneState
 from rmt_hf.memory_rmt import Slots, stretched_sigmoid
 from rmt_hf.monitoring import LayerMeans, note_slots, read_once_more, slot_attention
 from rmt_hf.paths_rmt import memory_attention
@@ -186,6 +187,17 @@ def test_lanes_are_read_on_from_where_they_are(tmp_path) -> None:
     layers = [layer.means() for layer in read_once_more(model.model, {"input_ids": ids[:, 6 * S :]}, state, 100)]
     for name in ALL:
         assert third[name] == pytest.approx(sum(layer[name] for layer in layers) / 2, rel=1e-5), name
+
+
+def test_lanes_that_are_looked_at_stay_where_they_are(tmp_path) -> None:
+    model, callback = tiny_model(), RMTMemoryCallback(num_rows=1)
+    lanes = LaneState(model.memorize(tiny_ids(2, 6 * S)))
+    before = lanes.state.clone()
+    callback.on_train_begin(RMTTrainingArguments(str(tmp_path), use_cpu=True), None, None, model=model)
+    callback.keep({"input_ids": tiny_ids(2, 3 * S)}, lanes)
+    assert callback.measure().keys() == ALL
+    assert lanes.state.positions == before.positions
+    assert all(map(torch.equal, lanes.state.tensors(), before.tensors()))
 
 
 @pytest.mark.parametrize("arguments", [{"logging_steps": 2}, {"logging_strategy": "epoch"}])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rmt_hf import RMTForCausalLM
 from rmt_hf.data import train_tokenizer
 
 
@@ -19,6 +21,8 @@ TINY = {
     "--document-tokens 256 --sample-tokens 5 --memory-slots 16 --layers 1 --threads 1",
     "02_recall.py": "--steps 2 --batch-size 2 --segments 4 --longest 2 --eval-streams 2 --threads 1",
     "03_read_once_ask_many.py": "--tokens 300 --new-tokens 3",
+    "04_finetune.py": "--stream_length 32 --bptt_segments 1 --checkpoint_segments 1 --max_steps 4 --save_steps 2 "
+    "--logging_steps 2 --per_device_train_batch_size 2 --use_cpu --disable_tqdm True",
     "04_a_million_tokens.py": "--lengths 300 --dtypes float32",
     "05_give_a_model_memory.py": "--stages 320:2 384:2 --save-steps 2 --logging-steps 1 --max-documents 2 --windows 2 "
     "--document-tokens 400 --recall-rows 2 --num-memory-slots 16 --threads 1",
@@ -56,6 +60,55 @@ def test_a_book_and_what_goes_on_from_it(tmp_path: Path) -> None:
     assert len(metrics["runs"]) == 2 and metrics["runs"]["float32, 300"]["tokens"] == 300
     assert metrics["drift_from_float64"]["float32, 300"]["largest_error_in_them"] < 1e-3
     assert metrics["peak_memory_last_over_first"] > 0 and metrics["decoding_last_over_first"] > 0
+
+
+NEW_MODEL = "--vocab_size 270 --eval_strategy steps --eval_steps 2 --stages 0,16,0;2,32,1 --config_overrides "
+NEW_MODEL += "hidden_size=32,intermediate_size=48,num_hidden_layers=1,num_attention_heads=2,chunk_length=4,"
+NEW_MODEL += "segment_length=16,num_memory_slots=8,memory_write=pool"
+
+
+def test_finetuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """From scratch, resumed, and on from the saved model; the last two in this process, which is quicker."""
+    for name, words in (("a", "to be or not to be "), ("b", "what is in a name "), ("c", "all is well that ends ")):
+        (tmp_path / f"{name}.txt").write_text(words * 40, "utf-8")
+
+    def again(*arguments: str) -> dict:
+        defaults = TINY["04_finetune.py"].split()
+        monkeypatch.setattr("sys.argv", ["04_finetune.py", "--source", str(tmp_path), *defaults, *arguments])
+        monkeypatch.setattr("logging.basicConfig", lambda **_: None)
+        runpy.run_path(str(EXAMPLES / "04_finetune.py"), run_name="__main__")
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    new = ["--output_dir", str(tmp_path / "new"), *NEW_MODEL.split()]
+    whole = json.loads(run("04_finetune.py", "--source", str(tmp_path), *new).splitlines()[-1])
+    record = json.loads((tmp_path / "new" / "metrics.json").read_text("utf-8"))
+    assert whole["steps"] == 4 and whole["eval_bits_per_byte"] > 0 and record["environment"]["commit"]
+    logs = [entry for entry in record["log"] if "loss" in entry]
+    assert [(entry["stream_length"], entry["bptt_segments"]) for entry in logs] == [(16, 0), (32, 1)]
+    assert logs[-1]["memory_slot_use"] > 0
+    assert sum("eval_bits_per_byte" in entry for entry in record["log"]) == 3
+    model = RMTForCausalLM.from_pretrained(tmp_path / "new")
+    assert model.config.memory_write == "pool" and model.config.vocab_size == 270
+
+    shutil.rmtree(tmp_path / "new" / "checkpoint-4")
+    resumed = again(*new, "--resume_from_checkpoint", "True")
+    assert resumed["eval_bits_per_byte"] == whole["eval_bits_per_byte"] and resumed["steps"] == 4
+    assert resumed["train_loss"] != whole["train_loss"]  # two steps were done and not four
+
+    on = ["--model_name_or_path", str(tmp_path / "new"), "--output_dir", str(tmp_path / "on")]
+    assert again(*on, "--learning_rate", "0")["eval_bits_per_byte"] == whole["eval_bits_per_byte"]
+    assert again(*on, "--learning_rate", "0.01")["eval_bits_per_byte"] < whole["eval_bits_per_byte"]
+    assert (
+        again(*on, "--learning_rate", "0", "--eval_source", str(tmp_path / "a.txt"))["eval_bits_per_byte"]
+        != (whole["eval_bits_per_byte"])
+    )
+    for wrong, message in (
+        ([*on, "--config_overrides", "hidden_size=32"], "config_overrides are for a new model"),
+        ([*new, "--config_overrides", "hiden_size=32"], "must be name=value with fields of RMTConfig, got 'hiden_size"),
+        ([*new, "--stream_length", "0"], "stream_length must be at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            again(*wrong)
 
 
 def test_recall(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate.parallelism_config import ParallelismConfig
 from datasets import Dataset
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments
@@ -176,6 +177,21 @@ def test_documents_are_evaluated_as_streams(num_lanes: int, tmp_path) -> None:
     assert run.predict(data).predictions.shape[1:] == (S, VOCABULARY)
 
 
+def test_documents_are_read_in_their_order_if_that_is_wanted(tmp_path) -> None:
+    data = documents([S] * 12)
+    history, _ = train(tmp_path, data, num_train_epochs=2, train_sampling_strategy="sequential")
+    model = model_for_streams()
+    with torch.no_grad():
+        rows = [torch.tensor([row["input_ids"]]) for row in data]
+        in_order = [model(ids, labels=ids, num_items_in_batch=S - 1).loss.item() for ids in rows]
+    assert history == pytest.approx(in_order * 2, rel=1e-6)
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "train_sampling_strategy": "sequential"}
+    trainer(model_for_streams(), tmp_path, data, **saving).train()
+    shuffled = trainer(model_for_streams(), tmp_path, data, **saving | {"train_sampling_strategy": "random"})
+    with pytest.raises(ValueError, match="data_seed 42 instead of None"):
+        shuffled.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
 def test_every_epoch_has_an_order_of_its_own(tmp_path) -> None:
     history, _ = train(tmp_path, documents([S] * 12), num_train_epochs=2)
     assert history[:12] != history[12:] and sorted(history[:12]) == pytest.approx(sorted(history[12:]))
@@ -308,6 +324,18 @@ BAD = {
     "data from the beginning": ({"ignore_data_skip": True}, "ignore_data_skip does not work in stream mode"),
     "other batch sizes": ({"auto_find_batch_size": True}, "auto_find_batch_size does not work in stream mode"),
     "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not work in stream mode"),
+    "out of order": ({"dataloader_in_order": False}, "dataloader_in_order does not work in stream mode"),
+    "no labels": ({"label_names": ["start_positions"]}, "label_names does not work in stream mode"),
+    "one graph": ({"ddp_static_graph": True}, "ddp_static_graph does not work in stream mode"),
+    "in the middle of a step": ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint does not work in stream mode"),
+    "kernels of others": (
+        {"stream_length": None, "use_liger_kernel": True},
+        "use_liger_kernel has no kernels for RMT models",
+    ),
+    "rows cut into columns": (
+        {"stream_length": None, "parallelism_config": ParallelismConfig(cp_size=2)},
+        r"parallelism_config must not split rows into columns, got \['cp_size'\]",
+    ),
     "split batches": ({"accelerator_config": {"split_batches": True}}, "split_batches does not work in stream mode"),
     "smoothed groups": (
         {"stream_length": None, "checkpoint_segments": 1, "label_smoothing_factor": 0.1},

@@ -161,7 +161,10 @@ class RMTTrainer(Trainer):
             self.data_collator = self._plain_collator
 
     @property
-    def _data_seed(self) -> int:
+    def _data_seed(self) -> int | None:
+        """What the documents of a lane are shuffled with; None leaves them in their order."""
+        if self.args.train_sampling_strategy == "sequential":
+            return None
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _run_epoch(self, model: torch.nn.Module, epoch: int, *args: Any, **kwargs: Any) -> None:

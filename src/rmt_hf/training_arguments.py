@@ -38,8 +38,23 @@ class RMTTrainingArguments(TrainingArguments):
                 f"bptt_segments={self.bptt_segments} is for stream mode, got stream_length=None: the gradient of plain "
                 "rows goes through the whole row. Give a stream_length, or leave it out."
             )
+        if self.use_liger_kernel:
+            raise ValueError(
+                "use_liger_kernel has no kernels for RMT models and would change nothing: leave it out; "
+                "RMTConfig(use_chunked_loss=True) saves the memory of the logits."
+            )
+        split = [name for name in ("cp_size", "sp_size") if self._parallel(name) > 1]
+        if split:
+            raise ValueError(
+                f"parallelism_config must not split rows into columns, got {split} above 1: the segments of a "
+                "row are written to memory one after another. Leave it out; checkpoint_segments makes long rows fit."
+            )
         if self.stream_length is not None:
             self._refuse_what_breaks_lanes()
+
+    def _parallel(self, name: str) -> int:
+        """A size of the parallelism configuration."""
+        return 1 if self.parallelism_config is None else getattr(self.parallelism_config, name, 1)
 
     def _refuse_what_breaks_lanes(self) -> None:
         """Refuses options under which a lane would silently not go on where it was."""
@@ -53,6 +68,19 @@ class RMTTrainingArguments(TrainingArguments):
             "label_smoothing_factor": (
                 self.label_smoothing_factor != 0,
                 "it does not know the first label of the next piece",
+            ),
+            "dataloader_in_order": (not self.dataloader_in_order, "pieces of a lane must come one after another"),
+            "label_names": (
+                self.label_names is not None and not set(self.label_names) <= {"labels", "shift_labels"},
+                "pieces have labels and shift_labels, and cannot be evaluated without",
+            ),
+            "ddp_static_graph": (
+                bool(self.ddp_static_graph),
+                "the first pieces read no memory, so the graph of a step changes",
+            ),
+            "enable_jit_checkpoint": (
+                self.enable_jit_checkpoint,
+                "it may save in the middle of a step, when lanes have read what is not learned yet; use save_steps",
             ),
             "accelerator_config.split_batches": (
                 self.accelerator_config.split_batches,  # type: ignore[union-attr]  # made by super().__post_init__

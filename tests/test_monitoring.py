@@ -286,6 +286,23 @@ def test_two_logs_are_no_collapse(tmp_path, caplog, monkeypatch) -> None:
     assert len(warnings_of(with_gate_bias(20.0), tmp_path, caplog, monkeypatch, max_steps=4)) == 1
 
 
+def test_only_logs_in_a_row_are_a_collapse(tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr(logging.getLogger("rmt_hf"), "propagate", True)
+    callback, shares = RMTMemoryCallback(), [1.0, 1.0, 0.9, 1.0, 1.0, 1.0]
+
+    def measured(*_) -> list[LayerMeans]:
+        (layer := LayerMeans()).add("memory_gate_shut", torch.tensor([shares[number]]))
+        return [layer]
+
+    monkeypatch.setattr("rmt_hf.monitoring.read_once_more", measured)
+    callback.on_train_begin(RMTTrainingArguments(str(tmp_path), use_cpu=True), None, None, model=tiny_model())
+    for number in range(6):
+        callback.on_step_begin(None, None, None)
+        callback.keep({"input_ids": tiny_ids(1, S)}, LaneState())
+        assert callback.measure() == {"memory_gate_shut": pytest.approx(shares[number])}
+        assert len(caplog.records) == (number == 5)
+
+
 # What is refused
 
 

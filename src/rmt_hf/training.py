@@ -73,6 +73,11 @@ class RMTTrainer(Trainer):
     def _check(self) -> None:
         """Refuses what does not fit, before anything is done."""
         arguments, segment = self.args, self.segment_length
+        if self.compute_metrics is not None and self._config.use_chunked_loss and not arguments.prediction_loss_only:
+            raise ValueError(
+                "compute_metrics wants logits, and with use_chunked_loss=True a model that computes a loss makes none: "
+                "leave out compute_metrics, or set use_chunked_loss=False."
+            )
         if arguments.stream_length is None and arguments.checkpoint_segments is None:
             return
         for name in ("stream_length", "checkpoint_segments"):

@@ -223,7 +223,15 @@ def test_no_more_rows_and_segments_than_asked_for(tmp_path, monkeypatch) -> None
     model = tiny_model()
     model.model.register_forward_pre_hook(lambda *_: calls.append(1))
     figures(model, 20 * S, num_segments=5)
-    assert len(calls) == 5
+    assert len(calls) == 1 + 5
+
+
+def test_what_is_before_the_last_segments_is_read_in_one_go() -> None:
+    model, reads = tiny_model(), {"memory_slot_use", "memory_read_age"}
+    for layer, expected in zip(figures(model, 14 * S + 3, num_segments=2), figures(model, 14 * S + 3), strict=True):
+        assert layer.keys() == expected.keys()
+        for name, value in layer.items():
+            assert (value == pytest.approx(expected[name])) == (name not in reads), name
 
 
 def test_tensorboard_shows_it(tmp_path, monkeypatch) -> None:

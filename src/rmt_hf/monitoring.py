@@ -6,6 +6,7 @@ Shapes: B rows, T columns, E hidden size, M slots, H query heads, G key/value he
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any, cast
 from unittest.mock import patch
 
@@ -92,13 +93,13 @@ class RMTMemoryCallback(TrainerCallback):
 
     Args:
         num_rows: Rows that are read once more, of each process.
-        num_segments: Segments of them, from the first column on; plain rows should be long enough to fill memory.
+        num_segments: The last segments of them, of which it is noted what they read; what is before is read in one go.
 
     Raises:
         ValueError: When training begins, if the trainer is not an `RMTTrainer`, or the model has no memory.
     """
 
-    def __init__(self, num_rows: int = 2, num_segments: int = 32) -> None:
+    def __init__(self, num_rows: int = 2, num_segments: int = 4) -> None:
         for name, value in (("num_rows", num_rows), ("num_segments", num_segments)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
@@ -163,22 +164,23 @@ class RMTMemoryCallback(TrainerCallback):
 
 @torch.no_grad()
 def read_once_more(model: RMTModel, inputs: Columns, state: RMTCache, num_segments: int) -> list[LayerMeans]:
-    """Reads columns segment by segment and gathers what memory does in every layer.
+    """Reads columns, the last ones segment by segment, and gathers what memory does in every layer.
 
     Args:
         model: Read in evaluation mode, and left in the mode it was in.
         inputs: `input_ids` or `inputs_embeds`, `attention_mask`, `position_ids`, (B, T, ...) each.
         state: The state before them; changed in place.
-        num_segments: Segments to read, from the first column on.
+        num_segments: The last segments, of which it is noted what they read.
     """
     means = [LayerMeans() for _ in model.layers]
     columns = next(inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs).shape[1]
     segment = model.config.segment_length
     with evaluation_mode(model):
-        for start in range(0, min(columns, num_segments * segment), segment):
-            piece = {name: tensor[:, start : start + segment] for name, tensor in inputs.items()}
+        first = max(0, -(-columns // segment) - num_segments) * segment
+        for start, stop in pairwise(sorted({0, *range(first, columns, segment), columns})):
+            piece = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
             begin_documents(state, piece)
-            with watched(model, piece, means):
+            with watched(model, piece, means, notes_reads=start >= first):
                 model(**piece, past_key_values=state)
     for layer, of_layer in zip(state.layers, means, strict=True):
         if layer.state is not None:
@@ -187,8 +189,8 @@ def read_once_more(model: RMTModel, inputs: Columns, state: RMTCache, num_segmen
 
 
 @contextmanager
-def watched(model: RMTModel, piece: Columns, means: list[LayerMeans]) -> Iterator[None]:
-    """Notes what every layer does in one call of a piece, inside of the context."""
+def watched(model: RMTModel, piece: Columns, means: list[LayerMeans], notes_reads: bool) -> Iterator[None]:
+    """Notes what every layer does in one call of a piece, inside of the context; reads if it is one segment."""
     ids = next(piece[name] for name in ("input_ids", "inputs_embeds") if name in piece)
     is_real = piece.get("attention_mask", torch.ones(ids.shape[:2], device=ids.device)) != 0
     with ExitStack() as stack:
@@ -197,7 +199,7 @@ def watched(model: RMTModel, piece: Columns, means: list[LayerMeans]) -> Iterato
 
             def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], of_layer: LayerMeans = of_layer) -> None:
                 note_fusion(cast(RMTAttention, module), args[0], is_real, of_layer)
-                if kwargs["state"] is not None:
+                if notes_reads and kwargs["state"] is not None:
                     note_reads(cast(RMTAttention, module), args[0], kwargs["state"].memory, is_real, of_layer)
 
             stack.enter_context(attention.register_forward_pre_hook(note, with_kwargs=True))

@@ -82,6 +82,11 @@ def test_gradients_by_segments_are_those_of_backward() -> None:
     norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
     assert figures["segments"] == 6 and figures["all_parameters"] == pytest.approx(norm.item(), rel=1e-6)
 
+    inputs = model.model.embed_tokens(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=inputs).logits[0, -S - 1 : -1]
+    nn.functional.cross_entropy(logits, ids[0, -S:]).backward()
+    assert figures["first_segment_from_last"] == pytest.approx(inputs.grad[:, :S].norm().item(), rel=1e-6)
+
     ids = tiny_ids(1, 300 * S)
     near, far = gradient_norms(model, ids, [2, 300])
     assert near["first_segment_from_last"] > far["first_segment_from_last"] > 0

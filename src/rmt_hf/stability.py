@@ -172,7 +172,7 @@ def gradient_norms(model: RMTForCausalLM, stream: torch.Tensor, num_segments: li
         ids = stream[:, : number * segment]
         inputs = embeddings(ids).detach().requires_grad_()
         last = ids.clone()
-        last[:, : -segment + 1 if number == 1 else -segment] = -100
+        last[:, :-segment] = -100
         (from_first,) = torch.autograd.grad(model(inputs_embeds=inputs, labels=last).loss, inputs)
         parameters = [p for p in model.parameters() if p.requires_grad]
         of_all = torch.autograd.grad(model(ids, labels=ids).loss, parameters, allow_unused=True)
@@ -189,7 +189,6 @@ def gradient_norms(model: RMTForCausalLM, stream: torch.Tensor, num_segments: li
 
 def run(precision: str, data: Dataset, args: argparse.Namespace) -> dict[str, Any]:
     """Trains one model and takes its gradients through rows of growing length, in float32, before and after."""
-    facts = environment()  # before hours in which files may change
     set_seed(args.seed)
     model = RMTForCausalLM(tiny_config(args.vocab_size))
     lengths = [2**power for power in range(args.longest_row.bit_length()) if 2**power <= args.longest_row]
@@ -203,7 +202,6 @@ def run(precision: str, data: Dataset, args: argparse.Namespace) -> dict[str, An
         **figures,
         "parameters": model.num_parameters(),
         "gradients": {"before training": before, "after training": after},
-        "environment": facts,
     }
 
 
@@ -266,9 +264,10 @@ def main(arguments: list[str] | None = None) -> None:
     """
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
+    facts = environment()  # before anything is written, which would count as a change
     data, runs = documents(args.vocab_size, args.max_documents), []
     for precision in args.precisions:
-        runs.append(run(precision, data, args))
+        runs.append({**run(precision, data, args), "environment": facts})
         write_results(runs, args)
         names = ("precision", "steps", "non_finite", "largest_gradient_norm", "largest_parameter", "seconds")
         print({name: runs[-1][name] for name in names}, flush=True)

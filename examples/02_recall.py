@@ -23,7 +23,6 @@ from rmt_hf.report import environment, write_whole
 
 
 QUESTIONS = 16
-KEEP = -1.0  # initial bias of the memory gate: a slot is mostly kept, so that what is stored outlives many turns
 
 
 def batch(rows: int, num_segments: int, config: RMTConfig, control: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,8 +48,6 @@ def train(config: RMTConfig, args: argparse.Namespace, seed: int, control: bool)
     """Trains from scratch, on streams that grow to the training length in the first half of the steps."""
     torch.manual_seed(seed)
     model, started, history = RMTForCausalLM(config).train(), time.perf_counter(), []
-    for layer in model.model.layers:
-        torch.nn.init.constant_(layer.self_attn.memory.gate_bias, KEEP)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     shortest = config.num_lookback_segments + 2
     for step in range(1, args.steps + 1):

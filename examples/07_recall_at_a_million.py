@@ -36,7 +36,6 @@ from rmt_hf.report import environment, write_whole
 
 TOKENS_PER_QUESTION = 16  # in training; no question is asked in the streams that are read after it
 TOKENS_PER_CALL = 65_536
-KEEP = -1.0  # initial bias of the memory gate: a slot is mostly kept
 CONDITIONS = ("own_memory", "memory_emptied", "swapped_other_row", "swapped_own_row", "control_window")
 
 
@@ -60,7 +59,6 @@ def train(config: RMTConfig, args: argparse.Namespace, seed: int) -> tuple[RMTFo
     torch.manual_seed(seed)
     model, started, history = RMTForCausalLM(config).train(), time.perf_counter(), []
     gate_bias = model.model.layers[0].self_attn.memory.gate_bias
-    torch.nn.init.constant_(gate_bias, KEEP)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(1, args.steps + 1):
         factor = min(step / 20, 1, (args.steps - step + 1) / (0.3 * args.steps))

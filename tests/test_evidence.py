@@ -47,7 +47,7 @@ def test_forms_have_one_size_and_one_state(name, base):
 
 
 def test_a_finished_run_is_not_done_again_and_the_table_shows_it(tmp_path, capsys):
-    arguments = ["--output-dir", str(tmp_path), "--rows", "default", "Llama", "--seeds", "0", *TINY]
+    arguments = ["--output-dir", str(tmp_path), "--rows", "replacing gate", "Llama", "--seeds", "0", *TINY]
     evidence.main(arguments)
     lines = (tmp_path / "runs.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 4  # two rows, two tasks
@@ -55,10 +55,10 @@ def test_a_finished_run_is_not_done_again_and_the_table_shows_it(tmp_path, capsy
     evidence.main(arguments)
     assert (tmp_path / "runs.jsonl").read_text("utf-8").splitlines() == lines
     table = (tmp_path / "table.md").read_text("utf-8")
-    assert "|default|1|" in table and "|Llama|1|" in table
+    assert "|replacing gate|1|" in table and "|Llama|1|" in table
     assert (tmp_path / "evidence.png").stat().st_size > 0
     rows = read_runs(tmp_path / "runs.jsonl")["recall"]
-    expected = rows["Llama"][0]["accuracy_8"] - rows["default"][0]["accuracy_8"]
+    expected = rows["Llama"][0]["accuracy_8"] - rows["replacing gate"][0]["accuracy_8"]
     assert differences("recall", rows, "Llama") == [expected]
 
 
@@ -90,13 +90,14 @@ def test_a_peer_in_our_time_reads_its_share_of_text_alone_and_rows_come_in_order
     runs = read_runs(tmp_path / "runs.jsonl", list(evidence.ROWS))
     assert list(runs["text"]) == rows[::-1] and list(runs["recall"]) == ["default"]
     tokens = [runs["text"][name][0]["train_tokens"] for name in rows]
-    assert tokens == [round(0.21 * 320 / 32) * 32, 320]
+    assert tokens == [round(0.4 * 320 / 32) * 32, 320]
 
 
-def test_a_keeping_gate_and_a_shared_query_are_what_they_say():
+def test_gates_and_a_shared_query_are_what_they_say():
     base = evidence.recall_config()
-    (layer,) = evidence.build(evidence.ROWS["keeping gate"], base, 0).model.layers
-    assert (layer.self_attn.memory.gate_bias == -1).all()
+    for name, bias in (("default", -1), ("replacing gate", 1), ("paper", 1)):
+        (layer,) = evidence.build(evidence.ROWS[name], base, 0).model.layers
+        assert (layer.self_attn.memory.gate_bias == bias).all()
     (layer,) = evidence.build(evidence.ROWS["closed fusion gate"], base, 0).model.layers
     assert (layer.self_attn.fusion_gate_proj.bias == -2).all()
     (layer,) = evidence.build(evidence.ROWS["shared query"], base, 0).model.layers

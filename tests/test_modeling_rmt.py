@@ -322,8 +322,10 @@ def test_initial_values_are_those_of_the_table(fusion):
     std = 0.07
     model = RMTModel(tiny_config(fusion_type=fusion, initializer_range=std, use_qk_norm=True, attention_bias=True))
     for name, parameter in model.named_parameters():
-        if name.endswith(("norm.weight", "fusion_scale", "memory.gate_bias")):
+        if name.endswith(("norm.weight", "fusion_scale")):
             assert (parameter == 1).all(), name
+        elif name.endswith("memory.gate_bias"):
+            assert (parameter == -1).all(), name
         elif name.endswith((".bias", "gate_weight", "fusion_logits")):
             assert (parameter == 0).all(), name
         else:

@@ -26,6 +26,7 @@ from .data import cut_into_rows, shakespeare, token_byte_counts, tokenize, train
 from .evaluation import bits_per_byte, token_bits
 from .evidence_report import write_evidence
 from .memory_rmt import RMTMemory
+from .modeling_rmt import MEMORY_GATE_BIAS
 from .peers import build_peer, num_parameters, read, state_bytes
 from .recall import FIRST_QUESTION, NUM_FACTS, VOCABULARY, answers, noise, place_facts
 from .report import environment
@@ -44,6 +45,8 @@ class Row(NamedTuple):
         prepare: What is done to the new model before it is trained.
         peer: Name of a peer in place of our model, and what `build_peer` is told besides.
         gate_stretch: How far the sigmoid of the memory gate reaches beyond 0 and 1.
+        memory_gate_bias: What the memory gate begins with. The grid stands around +1, a slot that is mostly replaced;
+            -1, a slot that is mostly kept, has won it, and is the default now.
         share: Of the tokens of text that all others read: as many as a slower peer reads in the time of the default
             row. Such a row is there for text alone.
     """
@@ -52,6 +55,7 @@ class Row(NamedTuple):
     prepare: Callable[[RMTForCausalLM], None] = lambda model: None
     peer: tuple[str, dict[str, Any]] | None = None
     gate_stretch: float = memory_rmt.GATE_STRETCH
+    memory_gate_bias: float = 1.0
     share: float = 1.0
 
 
@@ -84,7 +88,8 @@ def share_query(model: RMTForCausalLM) -> None:
 
 
 ROWS = {
-    "default": Row(),
+    "default": Row(memory_gate_bias=MEMORY_GATE_BIAS),
+    "replacing gate": Row(),
     "no memory": Row(fields(num_memory_slots=0)),
     "paper": Row(paper_form),
     "softmax fusion": Row(fields(fusion_type="softmax")),
@@ -97,7 +102,6 @@ ROWS = {
     "two slots per chunk": Row(fields(num_slots_per_chunk=2)),
     "two slots per double chunk": Row(lambda base: {"num_slots_per_chunk": 2, "chunk_length": 2 * base.chunk_length}),
     "plain sigmoid gate": Row(gate_stretch=0.0),
-    "keeping gate": Row(prepare=partial(set_bias, kind=RMTMemory, name="gate_bias", value=-1.0)),
     "shared query": Row(prepare=share_query),
     "Llama": Row(peer=("llama", {})),
     "Mistral, our window": Row(peer=("mistral", {})),
@@ -108,7 +112,7 @@ ROWS = {
     "Mamba2": Row(peer=("mamba2", {})),
     "Mamba2, our time": Row(peer=("mamba2", {}), share=0.31),
     "memory tokens": Row(peer=("memory_tokens", {})),
-    "memory tokens, our time": Row(peer=("memory_tokens", {}), share=0.21),
+    "memory tokens, our time": Row(peer=("memory_tokens", {}), share=0.4),
 }
 
 
@@ -128,6 +132,7 @@ def build(row: Row, base: RMTConfig, seed: int) -> PreTrainedModel:
         missing = wanted - num_parameters(make(base.intermediate_size)).non_embedding
     set_seed(seed)
     model = make(base.intermediate_size + round(missing / (3 * base.hidden_size * base.num_hidden_layers)))
+    set_bias(model, RMTMemory, "gate_bias", row.memory_gate_bias)
     row.prepare(model)
     return model
 

@@ -86,7 +86,7 @@ class RMTDecoderLayer(GradientCheckpointingLayer):
 
 FUSION_GATE_BIAS = 0.0  # sigmoid 0.5: the extra paths begin half open
 MEMORIZE_TOKENS = 8192  # tokens of all rows in one call of `memorize`: enough for speed, and little memory
-MEMORY_GATE_BIAS = 1.0  # stretched sigmoid 0.78: a write begins as mostly a replacement, with a gradient
+MEMORY_GATE_BIAS = -1.0  # stretched sigmoid 0.22: a slot is mostly kept, so that it outlives many turns of the ring
 
 
 class RMTPreTrainedModel(PreTrainedModel):

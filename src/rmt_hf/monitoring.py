@@ -20,7 +20,7 @@ from .cache_rmt import RMTCache
 from .evaluation import evaluation_mode
 from .lane_state import Columns, LaneState, begin_documents
 from .memory_rmt import RMTMemory, Slots, at_least_float32
-from .modeling_rmt import RMTModel
+from .modeling_rmt import MEMORY_GATE_BIAS, RMTModel
 from .training_arguments import RMTTrainingArguments
 
 
@@ -30,7 +30,7 @@ INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 NO_WAY_BACK = (
     "A gate that is exactly 0 or 1 has no gradient, so this will not mend itself. Begin again with a lower learning "
     "rate, a longer warm-up or a smaller max_grad_norm, or go on with gates half open: set gate_weight of every "
-    "`layer.self_attn.memory` to 0 and gate_bias to 1, as they begin."
+    f"`layer.self_attn.memory` to 0 and gate_bias to {MEMORY_GATE_BIAS}, as they begin."
 )
 # What is warned about: a figure of a layer, from which value on, and what that means.
 COLLAPSES = {

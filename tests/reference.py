@@ -123,10 +123,10 @@ class ReferenceModel:
         if len(paths) == 1:
             return paths[0]
         if self.config.fusion_type == "softmax":
-            shares = torch.softmax(self.weights[f"{name}.fusion_logits"], dim=0)  # (1 + paths,)
+            shares = torch.softmax(self.weights[f"{name}.fusion.logits"], dim=0)  # (1 + paths,)
             return sum((share * path for share, path in zip(shares, paths, strict=True)), torch.zeros_like(paths[0]))
-        scale = self.weights[f"{name}.fusion_scale"]  # (paths, H)
-        gates = scale * torch.sigmoid(self.linear(f"{name}.fusion_gate_proj", h, bias=True)).reshape(scale.shape)
+        scale = self.weights[f"{name}.fusion.scale"]  # (paths, H)
+        gates = scale * torch.sigmoid(self.linear(f"{name}.fusion.gate", h, bias=True)).reshape(scale.shape)
         return sum((gate[:, None] * path for gate, path in zip(gates, paths[1:], strict=True)), paths[0])
 
     def mlp(self, layer: str, h: Tensor) -> Tensor:

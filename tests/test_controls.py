@@ -40,7 +40,7 @@ def model_that_says_its_memory():
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.o_proj.weight"):
         weights[name].copy_(torch.eye(16))
     model.model.norm.weight.data.fill_(1.0)
-    attention.fusion_scale.data.fill_(1.0)
+    attention.fusion.scale.data.fill_(1.0)
     return model
 
 

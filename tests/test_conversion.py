@@ -151,7 +151,7 @@ def test_tensors_are_shared_not_copied() -> None:
     layer = model.model.layers[1].self_attn
     assert torch.equal(layer.memory_q_proj.weight, layer.q_proj.weight)
     assert layer.memory_q_proj.weight.data_ptr() != layer.q_proj.weight.data_ptr()
-    assert not layer.fusion_scale.any() and layer.fusion_gate_proj.weight.ne(0).all()
+    assert not layer.fusion.scale.any() and layer.fusion.gate.weight.ne(0).all()
 
 
 def test_memory_query_has_the_norm_and_bias_of_the_query() -> None:
@@ -169,7 +169,7 @@ def test_freeze_base_trains_memory_and_fusion_alone() -> None:
     assert names == {prefix + name for name in (
         *("memory_q_proj.weight", "memory.null_key", "memory.gate_weight", "memory.gate_bias"),
         *("memory.score_proj.weight", "memory.score_proj.bias"),
-        *("fusion_gate_proj.weight", "fusion_gate_proj.bias", "fusion_scale"),
+        *("fusion.gate.weight", "fusion.gate.bias", "fusion.scale"),
     )}  # fmt: skip
     assert share.trained == sum(parameter.numel() for parameter in memory_parameters(model).values())
     assert share.all == model.num_parameters() and str(share).endswith(f"({share.trained / share.all:.1%})")

@@ -99,6 +99,6 @@ def test_gates_and_a_shared_query_are_what_they_say():
         (layer,) = evidence.build(evidence.ROWS[name], base, 0).model.layers
         assert (layer.self_attn.memory.gate_bias == bias).all()
     (layer,) = evidence.build(evidence.ROWS["closed fusion gate"], base, 0).model.layers
-    assert (layer.self_attn.fusion_gate_proj.bias == -2).all()
+    assert (layer.self_attn.fusion.gate.bias == -2).all()
     (layer,) = evidence.build(evidence.ROWS["shared query"], base, 0).model.layers
     assert layer.self_attn.memory_q_proj is layer.self_attn.q_proj

@@ -191,7 +191,7 @@ def twin(model, **fields) -> RMTForCausalLM:
 def close_the_gates(model):
     for module in model.modules():
         if isinstance(module, RMTAttention):
-            module.fusion_scale.data.zero_()
+            module.fusion.scale.data.zero_()
     return model
 
 
@@ -273,10 +273,10 @@ def test_paths_that_do_not_exist_have_no_parameters():
     layer = random_model(num_memory_slots=0, use_local_attention=False).model.layers[0].self_attn
     assert {name.split(".")[0] for name, _ in layer.named_parameters()} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     for fields, num_paths in (({"num_memory_slots": 0}, 1), ({"use_local_attention": False}, 1), ({}, 2)):
-        assert random_model(**fields).model.layers[0].self_attn.fusion_scale.shape == (num_paths, 4)
-        softmax = random_model(**fields, fusion_type="softmax").model.layers[0].self_attn
-        assert softmax.fusion_logits.shape == (1 + num_paths,)
-        assert not hasattr(softmax, "fusion_scale")
+        assert random_model(**fields).model.layers[0].self_attn.fusion.scale.shape == (num_paths, 4)
+        softmax = random_model(**fields, fusion_type="softmax").model.layers[0].self_attn.fusion
+        assert softmax.logits.shape == (1 + num_paths,)
+        assert not hasattr(softmax, "scale")
 
 
 def test_dropout_is_for_training_only():
@@ -322,11 +322,11 @@ def test_initial_values_are_those_of_the_table(fusion):
     std = 0.07
     model = RMTModel(tiny_config(fusion_type=fusion, initializer_range=std, use_qk_norm=True, attention_bias=True))
     for name, parameter in model.named_parameters():
-        if name.endswith(("norm.weight", "fusion_scale")):
+        if name.endswith(("norm.weight", "fusion.scale")):
             assert (parameter == 1).all(), name
         elif name.endswith("memory.gate_bias"):
             assert (parameter == -1).all(), name
-        elif name.endswith((".bias", "gate_weight", "fusion_logits")):
+        elif name.endswith((".bias", "gate_weight", "fusion.logits")):
             assert (parameter == 0).all(), name
         else:
             # The standard deviation of n samples is off by 0.7 / sqrt(n) of it: four times that is hardly ever met.

@@ -18,7 +18,7 @@ from .memory_rmt import RMTMemory, Slots, at_least_float32, empty_slots, forget_
 from .paths_rmt import (
     Paths,
     Projections,
-    Shares,
+    RMTFusion,
     attend,
     first_columns,
     fuse,
@@ -116,10 +116,6 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin).to(states.dtype)
 
 
-class RMTFusionGate(nn.Linear):
-    """The map from hidden states to the gates of the extra paths; a class of its own for its initial bias."""
-
-
 class RMTAttention(nn.Module):
     """Global, chunked local and memory attention, fused.
 
@@ -140,7 +136,6 @@ class RMTAttention(nn.Module):
         self.segment_length, self.window_length = config.segment_length, config.window_length
         self.num_lookback_segments, self.num_memory_slots = config.num_lookback_segments, config.num_memory_slots
         self.use_local_attention, self.use_qk_norm = config.use_local_attention, config.use_qk_norm
-        self.fusion_type = config.fusion_type
         queries, slots = config.num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = RMTLinear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = RMTLinear(config.hidden_size, slots, bias=config.attention_bias)
@@ -153,12 +148,7 @@ class RMTAttention(nn.Module):
             norms += ["memory_q_norm"] if config.use_qk_norm else []
         for name in norms:
             self.add_module(name, RMTRMSNorm(head_dim, config.rms_norm_eps))
-        num_extra_paths = int(config.use_local_attention) + int(config.num_memory_slots > 0)
-        if num_extra_paths and config.fusion_type == "gated":
-            self.fusion_gate_proj = RMTFusionGate(config.hidden_size, num_extra_paths * config.num_attention_heads)
-            self.fusion_scale = nn.Parameter(torch.empty(num_extra_paths, config.num_attention_heads))
-        elif num_extra_paths:
-            self.fusion_logits = nn.Parameter(torch.empty(1 + num_extra_paths))
+        self.fusion = RMTFusion(config)
 
     def forward(
         self,
@@ -190,7 +180,7 @@ class RMTAttention(nn.Module):
             fused, state = attend_one_token(self, hidden_states[:, 0], step, before, token)
             return layout.restore(self.o_proj(fused)[:, None]), None, state
         inputs = self._project(hidden_states, layout, keep_state, *position_embeddings[:2])
-        shares = self._shares(hidden_states)
+        shares = self.fusion(hidden_states)
         state = None if state is None else state.to(inputs.key.dtype)
         blocks: tuple = (None, None)
         if state is None and layout.form == SEGMENTS:  # documents begin inside the rows of new streams
@@ -224,19 +214,6 @@ class RMTAttention(nn.Module):
         writes = self.num_memory_slots > 0 and (layout.reads_memory or keep_state)
         scores = self.memory.scores(hidden_states) if writes else query[:, :, 0, :0]
         return Projections(rotate(query, cos, sin), rotate(key, cos, sin), key, value, memory_query, scores)
-
-    def _shares(self, hidden_states: torch.Tensor) -> Shares:
-        """What each path counts in the sum for states (..., E): (..., H, 1), or with softmax fusion per layer."""
-        exists = (self.use_local_attention, self.num_memory_slots > 0)
-        if not any(exists):
-            return Shares(None, None, None)
-        if self.fusion_type == "softmax":
-            first, *rest = at_least_float32(self.fusion_logits).softmax(0).to(hidden_states.dtype).unbind()
-        else:
-            gates = at_least_float32(self.fusion_gate_proj(hidden_states)).sigmoid().unflatten(-1, (sum(exists), -1))
-            gates = (gates * at_least_float32(self.fusion_scale)).to(hidden_states.dtype)  # (..., paths, H)
-            first, rest = None, list(gates[..., None].unbind(-3))
-        return Shares(first, *(rest.pop(0) if there else None for there in exists))
 
     def _attend_fresh(
         self, inputs: Projections, layout: CallLayout, keep_state: bool

@@ -53,8 +53,8 @@ COPIES = {
     LAYER + "self_attn.memory_q_proj.bias": LAYER + "self_attn.q_proj.bias",
     LAYER + "self_attn.memory_q_norm.weight": LAYER + "self_attn.q_norm.weight",
 }
-ZEROS = (LAYER + "self_attn.fusion_scale", OUTPUT_BIAS)
-NEW = (*COPIES, *ZEROS, LAYER + "self_attn.fusion_gate_proj.*", LAYER + "self_attn.memory.*")
+ZEROS = (LAYER + "self_attn.fusion.scale", OUTPUT_BIAS)
+NEW = (*COPIES, *ZEROS, LAYER + "self_attn.fusion.gate.*", LAYER + "self_attn.memory.*")
 # Fields of a configuration that mean the same in both.
 SHARED_FIELDS = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps", "mlp_bias"),

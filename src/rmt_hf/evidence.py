@@ -20,13 +20,13 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from . import RMTConfig, RMTForCausalLM, memory_rmt
-from .attention_rmt import RMTFusionGate
 from .controls import empty_memories, pass_on_memories, stream_bits
 from .data import cut_into_rows, shakespeare, token_byte_counts, tokenize, train_tokenizer
 from .evaluation import bits_per_byte, token_bits
 from .evidence_report import write_evidence
 from .memory_rmt import RMTMemory
 from .modeling_rmt import MEMORY_GATE_BIAS
+from .paths_rmt import RMTFusionGate
 from .peers import build_peer, num_parameters, read, state_bytes
 from .recall import FIRST_QUESTION, NUM_FACTS, VOCABULARY, answers, noise, place_facts
 from .report import environment

@@ -28,7 +28,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_rmt import RMTAttention, RMTFusionGate, RMTLinear, RMTRMSNorm, RMTRotaryEmbedding, rotary_turns
+from .attention_rmt import RMTAttention, RMTLinear, RMTRMSNorm, RMTRotaryEmbedding, rotary_turns
 from .cache_rmt import RMTCache
 from .configuration_rmt import RMTConfig
 from .generation_rmt import RMTGeneration
@@ -46,6 +46,7 @@ from .layout_rmt import SEGMENTS, STEP, CallLayout, fixed_step, plan_call
 from .loss_rmt import check_chunked_loss, chunked_loss
 from .memory_rmt import RMTMemory
 from .packing_rmt import find_restarts, plan_packed_call
+from .paths_rmt import RMTFusion, RMTFusionGate
 from .state_rmt import LayerState
 from .step_rmt import OneToken, is_plain_step, one_token, planned_step
 
@@ -114,20 +115,20 @@ class RMTPreTrainedModel(PreTrainedModel):
         | memory.null_key | normal, `initializer_range` |
         | memory.gate_weight | 0: every slot is treated alike at first |
         | memory.gate_bias | MEMORY_GATE_BIAS |
-        | fusion_gate_proj.bias | FUSION_GATE_BIAS |
-        | fusion_scale | 1 |
-        | fusion_logits | 0: equal shares |
+        | fusion.gate.bias | FUSION_GATE_BIAS |
+        | fusion.scale | 1 |
+        | fusion.logits | 0: equal shares |
         """
         super()._init_weights(module)
         if isinstance(module, RMTMemory):
             init.normal_(module.null_key, std=self.config.initializer_range)
             init.zeros_(module.gate_weight)
             init.constant_(module.gate_bias, MEMORY_GATE_BIAS)
-        elif isinstance(module, RMTAttention):
-            if hasattr(module, "fusion_scale"):
-                init.ones_(module.fusion_scale)
-            if hasattr(module, "fusion_logits"):
-                init.zeros_(module.fusion_logits)
+        elif isinstance(module, RMTFusion):
+            if hasattr(module, "scale"):
+                init.ones_(module.scale)
+            if hasattr(module, "logits"):
+                init.zeros_(module.logits)
         elif isinstance(module, RMTFusionGate):
             init.constant_(module.bias, FUSION_GATE_BIAS)
         elif isinstance(module, RMTRotaryEmbedding):

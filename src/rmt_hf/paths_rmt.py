@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -44,6 +45,41 @@ class Shares(NamedTuple):
     of_global: torch.Tensor | None
     of_local: torch.Tensor | None
     of_memory: torch.Tensor | None
+
+
+class RMTFusionGate(nn.Linear):
+    """The map from hidden states to the gates of the extra paths; a class of its own for its initial bias."""
+
+
+class RMTFusion(nn.Module):
+    """What each path counts in the sum: a gate for each head and token, or trainable scalars of the layer.
+
+    A module and not a few parameters of the attention, so that adapters can train it and nothing else.
+
+    Source: section 3 of arXiv 2507.00453 for the scalars; gates are ours.
+    """
+
+    def __init__(self, config: RMTConfig) -> None:
+        super().__init__()
+        self.exists = (config.use_local_attention, config.num_memory_slots > 0)
+        num_extra_paths, num_heads = sum(self.exists), config.num_attention_heads
+        if num_extra_paths and config.fusion_type == "gated":
+            self.gate = RMTFusionGate(config.hidden_size, num_extra_paths * num_heads)
+            self.scale = nn.Parameter(torch.empty(num_extra_paths, num_heads))
+        elif num_extra_paths:
+            self.logits = nn.Parameter(torch.empty(1 + num_extra_paths))
+
+    def forward(self, hidden_states: torch.Tensor) -> Shares:
+        """What each path counts for states (..., E): (..., H, 1), or with softmax fusion one number for the layer."""
+        if not any(self.exists):
+            return Shares(None, None, None)
+        if hasattr(self, "logits"):
+            first, *rest = at_least_float32(self.logits).softmax(0).to(hidden_states.dtype).unbind()
+        else:
+            gates = at_least_float32(self.gate(hidden_states)).sigmoid().unflatten(-1, (sum(self.exists), -1))
+            gates = (gates * at_least_float32(self.scale)).to(hidden_states.dtype)  # (..., paths, H)
+            first, rest = None, list(gates[..., None].unbind(-3))
+        return Shares(first, *(rest.pop(0) if there else None for there in self.exists))
 
 
 def fuse(shares: Shares, paths: Paths) -> torch.Tensor:

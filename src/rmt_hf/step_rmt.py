@@ -111,7 +111,7 @@ def attend_one_token(
     num_heads, cells = state.keys.shape[1], (-1, module.num_key_value_groups, module.head_dim)  # (B * G, H / G, D)
     share_global, share_local, share_memory = (
         share.reshape(*cells[:2], 1) if share is not None and share.dim() else share
-        for share in module._shares(hidden_states)
+        for share in module.fusion(hidden_states)
     )
     start, end = step.global_span
     keys, values = state.keys[:, :, start:end].flatten(0, 1), state.values[:, :, start:end].flatten(0, 1)

@@ -1,0 +1,53 @@
+"""Adapters for memory: what PEFT must know of an RMT model. A home file; PEFT is imported when it is asked for.
+
+A low-rank update suits the projections. Memory and fusion are small, and most of their parameters are no matrices, so
+an adapter holds them whole.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .configuration_rmt import RMTConfig
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as in a Llama
+MEMORY_PROJECTION = "memory_q_proj"  # low rank too
+MEMORY_MODULES = ("memory", "memory_q_norm")  # whole
+FUSION_MODULE = "fusion"  # whole
+
+
+def memory_lora_config(config: RMTConfig, memory_only: bool = False, **fields: Any) -> "LoraConfig":
+    """LoRA on the projections of a model, with its memory and fusion trained whole and saved with the adapter.
+
+    Args:
+        config: Of the model.
+        memory_only: Whether everything that a model without memory has stays as it is: the query of memory gets a
+            low-rank update, memory and fusion are trained.
+        fields: Of `peft.LoraConfig`; `task_type` is `"CAUSAL_LM"` unless it is given.
+
+    Raises:
+        ImportError: If PEFT is not installed.
+        ValueError: If a field is given that this function fills in, or `memory_only` for a model without memory.
+    """
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError("memory_lora_config needs PEFT: pip install peft.") from error
+    for name in ("target_modules", "modules_to_save"):
+        if name in fields:
+            raise ValueError(
+                f"{name} is filled in by memory_lora_config, got {fields[name]!r}: leave it out, or write a "
+                "peft.LoraConfig."
+            )
+    if memory_only and not config.num_memory_slots:
+        raise ValueError("memory_only is for a model with memory, got num_memory_slots=0: leave it out.")
+    targets = [] if memory_only else [*PROJECTIONS]
+    whole: list[str] = []
+    if config.num_memory_slots:
+        targets.append(MEMORY_PROJECTION)
+        whole += MEMORY_MODULES if config.use_qk_norm else MEMORY_MODULES[:1]
+    if config.num_memory_slots or config.use_local_attention:
+        whole.append(FUSION_MODULE)
+    return LoraConfig(**{"task_type": "CAUSAL_LM", **fields}, target_modules=targets, modules_to_save=whole or None)

@@ -125,9 +125,9 @@ class ReferenceModel:
         if self.config.fusion_type == "softmax":
             shares = torch.softmax(self.weights[f"{name}.fusion.logits"], dim=0)  # (1 + paths,)
             return sum((share * path for share, path in zip(shares, paths, strict=True)), torch.zeros_like(paths[0]))
-        scale = self.weights[f"{name}.fusion.scale"]  # (paths, H)
+        scale = self.weights[f"{name}.fusion.scale"]  # (H, paths)
         gates = scale * torch.sigmoid(self.linear(f"{name}.fusion.gate", h, bias=True)).reshape(scale.shape)
-        return sum((gate[:, None] * path for gate, path in zip(gates, paths[1:], strict=True)), paths[0])
+        return sum((gate[:, None] * path for gate, path in zip(gates.T, paths[1:], strict=True)), paths[0])
 
     def mlp(self, layer: str, h: Tensor) -> Tensor:
         """The gated feed-forward part."""

@@ -273,7 +273,7 @@ def test_paths_that_do_not_exist_have_no_parameters():
     layer = random_model(num_memory_slots=0, use_local_attention=False).model.layers[0].self_attn
     assert {name.split(".")[0] for name, _ in layer.named_parameters()} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     for fields, num_paths in (({"num_memory_slots": 0}, 1), ({"use_local_attention": False}, 1), ({}, 2)):
-        assert random_model(**fields).model.layers[0].self_attn.fusion.scale.shape == (num_paths, 4)
+        assert random_model(**fields).model.layers[0].self_attn.fusion.scale.shape == (4, num_paths)
         softmax = random_model(**fields, fusion_type="softmax").model.layers[0].self_attn.fusion
         assert softmax.logits.shape == (1 + num_paths,)
         assert not hasattr(softmax, "scale")

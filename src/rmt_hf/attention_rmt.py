@@ -63,7 +63,7 @@ class RMTLinear(nn.Linear):
     """
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        numbers, width = states.numel(), self.in_features
+        numbers, (out_features, width) = states.numel(), self.weight.shape  # of this process, if they are dealt out
         is_few = numbers <= FEW_ROWS * width and numbers < FEW_NUMBERS and width <= NARROW
         if self.training or not is_few or not states.is_cpu or states.dtype not in DTYPES_OF_MKL:
             return super().forward(states)
@@ -72,7 +72,7 @@ class RMTLinear(nn.Linear):
         columns = (torch.cat([flat, flat]) if numbers == width else flat).t()
         output, bias = self.weight.mm(columns).t()[: numbers // width].contiguous(), self.bias
         output = output if bias is None else output + bias
-        return output if is_flat else output.view(*states.shape[:-1], self.out_features)
+        return output if is_flat else output.view(*states.shape[:-1], out_features)
 
 
 def rotary_turns(config: RMTConfig) -> torch.Tensor:

@@ -143,6 +143,26 @@ class RMTConfig(PreTrainedConfig):
         """Number of key/value heads and width of a head: two fields that are numbers once the configuration is made."""
         return cast(int, self.num_key_value_heads), cast(int, self.head_dim)
 
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which modules there are depends on fields
+        """How tensor parallelism deals a layer out: by heads, whose memory is their own, and by columns of the MLP."""
+        names = {f"mlp.{name}_proj": "colwise" for name in ("gate", "up")} | {"mlp.down_proj": "rowwise"}
+        names |= {f"self_attn.{name}_proj": "colwise" for name in "qkv"} | {"self_attn.o_proj": "rowwise"}
+        norms = ["q_norm", "k_norm"] if self.use_qk_norm else []
+        if self.num_memory_slots:
+            memory = ("memory_q_proj", "memory.null_key", "memory.gate_weight", "memory.gate_bias")
+            names |= {f"self_attn.{name}": "colwise" for name in memory}
+            names |= {"self_attn.memory.score_proj": "colwise"} if self.memory_write != "mean" else {}
+            norms += ["memory_q_norm"] if self.use_qk_norm else []
+        names |= {f"self_attn.{name}": "replicated_with_grad_allreduce" for name in norms}
+        if not self.num_memory_slots and not self.use_local_attention:
+            pass
+        elif self.fusion_type == "softmax":
+            names |= {"self_attn.fusion": "replicated_with_grad_allreduce"}
+        else:
+            names |= {"self_attn.fusion.gate": "colwise", "self_attn.fusion.scale": "colwise"}
+        return {f"layers.*.{name}": style for name, style in names.items()}
+
     def validate_architecture(self) -> None:
         """Checks the rules that hold for one field or between several. Called by `@strict` and before saving."""
         at_least = {name: 1 for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}

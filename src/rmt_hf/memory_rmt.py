@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional as F
 
 from .configuration_rmt import RMTConfig
@@ -87,6 +88,19 @@ def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
     """One over the root mean square along the last axis, (..., 1), in half the time of `mean`."""
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return torch.addcmul(wide.new_full((), eps), length, length, value=1 / wide.shape[-1]).rsqrt_()
+
+
+def own_heads(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter (heads, ...), or where tensor parallelism has dealt it out, the heads of this process.
+
+    Whatever else a parameter is divided for is undone: a turn runs outside of the layer that would gather it.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter
+    mesh = parameter.device_mesh
+    names = mesh.mesh_dim_names or [""] * mesh.ndim
+    wanted = [old if name == "tp" else Replicate() for name, old in zip(names, parameter.placements, strict=True)]
+    return parameter.redistribute(placements=wanted).to_local()
 
 
 def empty_slots(like: torch.Tensor, num_slots: int) -> Slots:
@@ -219,8 +233,8 @@ class RMTMemory(nn.Module):
         """
         features = torch.cat([old.keys, old.values, new.keys, new.values], -1)
         # Not an einsum: autocast would take that out of float32.
-        logits = (at_least_float32(features) * at_least_float32(self.gate_weight)).sum(-1)
-        return stretched_sigmoid(logits + at_least_float32(self.gate_bias))
+        logits = (at_least_float32(features) * at_least_float32(own_heads(self.gate_weight))).sum(-1)
+        return stretched_sigmoid(logits + at_least_float32(own_heads(self.gate_bias)))
 
     def version(self, rounds: Slots, num_writes: torch.Tensor) -> Slots:
         """Memory after a number of writes, oldest slot first.
@@ -258,7 +272,7 @@ class RMTMemory(nn.Module):
         Returns:
             Keys and values (B, 1 + M, G, D + 8).
         """
-        null = self.null_key.to(slots.keys.dtype).expand(slots.keys.shape[0], 1, -1, -1)
+        null = own_heads(self.null_key).to(slots.keys.dtype).expand(slots.keys.shape[0], 1, -1, -1)
         keys = torch.cat([null, slots.keys], 1)
         values = F.pad(slots.values, (0, STRENGTH_WIDTH, 0, 0, 1, 0))
         unreachable = torch.finfo(keys.dtype).min / 2
@@ -277,7 +291,8 @@ class RMTMemory(nn.Module):
         Returns:
             (B * G, H / G, D); exactly zero if memory is empty.
         """
-        memory.keys[:, 0].view(-1, *self.null_key.shape).copy_(self.null_key)
+        null = own_heads(self.null_key)
+        memory.keys[:, 0].view(-1, *null.shape).copy_(null)
         scores = torch.baddbmm(memory.strengths, at_least_float32(queries), memory.keys.transpose(1, 2), alpha=scaling)
         return torch.bmm(scores.softmax(-1).to(queries.dtype), memory.values)
 

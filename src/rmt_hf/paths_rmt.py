@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
 from .layout_rmt import causal_mask
-from .memory_rmt import Slots, at_least_float32
+from .memory_rmt import Slots, at_least_float32, own_heads
 
 
 PLAIN = (None, "eager", "sdpa")  # implementations that are the same mathematics
@@ -64,8 +64,8 @@ class RMTFusion(nn.Module):
         self.exists = (config.use_local_attention, config.num_memory_slots > 0)
         num_extra_paths, num_heads = sum(self.exists), config.num_attention_heads
         if num_extra_paths and config.fusion_type == "gated":
-            self.gate = RMTFusionGate(config.hidden_size, num_extra_paths * num_heads)
-            self.scale = nn.Parameter(torch.empty(num_extra_paths, num_heads))
+            self.gate = RMTFusionGate(config.hidden_size, num_heads * num_extra_paths)
+            self.scale = nn.Parameter(torch.empty(num_heads, num_extra_paths))
         elif num_extra_paths:
             self.logits = nn.Parameter(torch.empty(1 + num_extra_paths))
 
@@ -76,9 +76,9 @@ class RMTFusion(nn.Module):
         if hasattr(self, "logits"):
             first, *rest = at_least_float32(self.logits).softmax(0).to(hidden_states.dtype).unbind()
         else:
-            gates = at_least_float32(self.gate(hidden_states)).sigmoid().unflatten(-1, (sum(self.exists), -1))
-            gates = (gates * at_least_float32(self.scale)).to(hidden_states.dtype)  # (..., paths, H)
-            first, rest = None, list(gates[..., None].unbind(-3))
+            gates = at_least_float32(self.gate(hidden_states)).sigmoid().unflatten(-1, (-1, sum(self.exists)))
+            gates = (gates * at_least_float32(own_heads(self.scale))).to(hidden_states.dtype)  # (..., H, paths)
+            first, rest = None, list(gates.split(1, -1))
         return Shares(first, *(rest.pop(0) if there else None for there in self.exists))
 
 

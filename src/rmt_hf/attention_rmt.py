@@ -5,7 +5,7 @@ N lookback segments, H query heads, G key/value heads, D head width, E hidden si
 """
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -116,6 +116,14 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin).to(states.dtype)
 
 
+class Turn(NamedTuple):
+    """What a turn wants; see `RMTAttention.turn`."""
+
+    due: torch.Tensor
+    begun: torch.Tensor | None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+
+
 class RMTAttention(nn.Module):
     """Global, chunked local and memory attention, fused.
 
@@ -159,6 +167,7 @@ class RMTAttention(nn.Module):
         keep_state: bool = False,
         output_attentions: bool = False,
         token: OneToken | None = None,
+        turn: Turn | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState | None]:
         """Attends and, if asked, gives the state after the call.
 
@@ -170,6 +179,7 @@ class RMTAttention(nn.Module):
             keep_state: Whether to return a state.
             output_attentions: Whether to return global attention weights (needs the eager implementation).
             token: Given if the call is a plain step of one token, as `is_plain_step` says.
+            turn: Given if the call is a step that brings rows to the end of their segment, and is to turn them.
 
         Returns:
             (B, T, E); weights (B, H, T, T), or (B, H, T, (N + 1) * S) with a state, or None; the new state or None.
@@ -178,6 +188,7 @@ class RMTAttention(nn.Module):
         if token is not None:
             step, before = cast(StepView, layout.step), cast(LayerState, state)
             fused, state = attend_one_token(self, hidden_states[:, 0], step, before, token)
+            state = state if turn is None else self.turn(state, *turn)
             return layout.restore(self.o_proj(fused)[:, None]), None, state
         inputs = self._project(hidden_states, layout, keep_state, *position_embeddings[:2])
         shares = self.fusion(hidden_states)
@@ -196,6 +207,7 @@ class RMTAttention(nn.Module):
             state = self._lay(inputs, layout.step, state)
             paths, blocks = self._attend_step(inputs, layout.step, state)
             fused = fuse(shares, paths)
+            state = state if turn is None else self.turn(state, *turn)
         output = self.o_proj(fused.flatten(2))
         weights = self._weights_by_column(blocks, layout) if output_attentions else None
         return layout.restore(output), weights, state
@@ -334,6 +346,17 @@ class RMTAttention(nn.Module):
         if inputs.memory_query is not None:
             from_memory = memory_attention(self, inputs.memory_query, state.memory.map(lambda tensor: tensor[:, None]))
         return Paths(outputs, from_local, from_memory), (weights, None)
+
+    def zero_with_gradient(self) -> torch.Tensor:
+        """Zero, in whose graph all of memory and fusion is.
+
+        Processes that share out the weights (FSDP) must have a gradient for the same parameters, and a call that reads
+        no memory gives these none.
+        """
+        names = ("memory", "memory_q_proj", "memory_q_norm", "fusion")
+        modules = [module for name, module in self.named_children() if name in names]
+        learned = [p for module in modules for p in module.parameters() if p.requires_grad]
+        return sum((p.sum() * 0 for p in learned), torch.zeros((), device=self.q_proj.weight.device))
 
     def turn(
         self,

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
@@ -28,7 +29,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_rmt import RMTAttention, RMTLinear, RMTRMSNorm, RMTRotaryEmbedding, rotary_turns
+from .attention_rmt import RMTAttention, RMTLinear, RMTRMSNorm, RMTRotaryEmbedding, Turn, rotary_turns
 from .cache_rmt import RMTCache
 from .configuration_rmt import RMTConfig
 from .generation_rmt import RMTGeneration
@@ -81,6 +82,8 @@ class RMTDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, LayerState | None]:
         """(B, T, E) to (B, T, E) and the layer's new state; other arguments as `RMTAttention.forward` takes them."""
         attended, _, state = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+        if isinstance(self, FSDPModule) and torch.is_grad_enabled():
+            attended = attended + self.self_attn.zero_with_gradient()
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), state
 
@@ -244,9 +247,11 @@ class RMTModel(RMTPreTrainedModel):
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
             )
             output_attentions = kwargs.get("output_attentions") or self.config.output_attentions
-            hidden_states, states = self._run_layers(hidden_states, layout, past_key_values, output_attentions)
+            hidden_states, states, has_turned = self._run_layers(
+                hidden_states, layout, past_key_values, output_attentions
+            )
             if past_key_values is not None:
-                self._conclude(states, layout, past_key_values)
+                self._conclude(states, layout, past_key_values, has_turned)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     @torch.compiler.disable
@@ -275,8 +280,9 @@ class RMTModel(RMTPreTrainedModel):
 
     def _run_layers(
         self, hidden_states: torch.Tensor, layout: CallLayout, cache: RMTCache | None, output_attentions: bool
-    ) -> tuple[torch.Tensor, list[LayerState]]:
-        """The only loop over layers: (B, T, E) to (B, T, E), and the state of each layer after the call."""
+    ) -> tuple[torch.Tensor, list[LayerState], bool]:
+        """The only loop over layers: (B, T, E) to (B, T, E), the state of each layer, and whether it has turned."""
+        turn = None if cache is None or torch.compiler.is_compiling() else self._turn(layout)
         if torch.compiler.is_compiling() and layout.form == STEP and layout.length == 1 and layout.take is None:
             layout = fixed_step(self.config, layout.position_ids)
         tokens: Sequence[OneToken | None] = [None] * len(self.layers)
@@ -297,20 +303,30 @@ class RMTModel(RMTPreTrainedModel):
                 keep_state=cache is not None,
                 output_attentions=output_attentions,
                 token=token,
+                turn=turn,
             )
             states.append(state)
-        return self.norm(hidden_states), states
+        return self.norm(hidden_states), states, turn is not None
+
+    def _turn(self, layout: CallLayout) -> Turn | None:
+        """What the layers want to move on the rows that a step brings to the end of their segment; None if it has none.
+
+        Layers turn within their forward pass, since weights that processes share out (FSDP) are whole only there. A
+        compiled step, which is to be the same at every position, is turned after it.
+        """
+        due = layout.due_rows(self.config.segment_length)
+        if due is None:
+            return None
+        rotary = self.rotary_emb(layout.write_position_ids, self.dtype)
+        return Turn(due, layout.begun(self.config.segment_length), rotary)
 
     @torch.compiler.disable
-    def _conclude(self, states: list[LayerState], layout: CallLayout, cache: RMTCache) -> None:
-        """Hands the states over, after moving on the rows that a step has brought to the end of their segment."""
-        segment = self.config.segment_length
-        due = layout.due_rows(segment)
-        if due is not None:
-            rotary, begun = self.rotary_emb(layout.write_position_ids, self.dtype), layout.begun(segment)
+    def _conclude(self, states: list[LayerState], layout: CallLayout, cache: RMTCache, has_turned: bool) -> None:
+        """Hands the states over, turned if the layers have not done it."""
+        turn = None if has_turned else self._turn(layout)
+        if turn is not None:
             attentions = [cast(RMTDecoderLayer, layer).self_attn for layer in self.layers]
-            pairs = zip(attentions, states, strict=True)
-            states = [attention.turn(state, due, begun, rotary) for attention, state in pairs]
+            states = [attention.turn(state, *turn) for attention, state in zip(attentions, states, strict=True)]
         cache.commit(states, layout)
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:

@@ -244,8 +244,9 @@ class RMTTrainer(Trainer):
                 return cast(torch.Tensor, loss), state
             for name in ("labels", "shift_labels"):
                 columns.pop(name)
-            module(**columns, past_key_values=state, logits_to_keep=1)
-            return torch.zeros((), device=columns["input_ids"].device), state
+            # No loss, but a place in the graph: processes that share out the weights must go back through the same
+            # calls, also one in which a document has begun since and nothing leads back.
+            return module(**columns, past_key_values=state, logits_to_keep=1).logits.sum() * 0, state
 
         def read_twice(call: Call, before: RMTCache) -> tuple[torch.Tensor, RMTCache]:
             if call.is_last:  # its activations are wanted at once

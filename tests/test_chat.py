@@ -33,7 +33,7 @@ def tokenizer():
 
 
 def chats() -> Dataset:
-    """32 questions, up to nine segments long, so that the ring turns, whose answer is their first word and another one."""
+    """32 questions, up to nine segments long, whose answer is their first word and another one."""
     questions = [[3 + (7 * i + j) % 64 for j in range(6 + 2 * i)] for i in range(32)]
     rows = [
         [

@@ -1,0 +1,170 @@
+"""Two processes share one model out, by heads (tensor parallelism) or all weights (FSDP2): they give what one gives.
+
+Run as a script by `accelerate launch`, which starts both.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+
+from rmt_hf import RMTConfig, RMTForCausalLM, RMTTrainer, RMTTrainingArguments
+from test_processes import LANES, S
+from tiny import read, tiny_config, tiny_ids, tiny_model
+
+
+FORMS: dict[str, dict] = {
+    "default": {"use_qk_norm": True},
+    "paper": {"fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
+    "pool, tied, biases": {
+        **{"memory_write": "pool", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        **{"use_local_attention": False, "num_lookback_segments": 2},
+    },
+}
+SHARED_OUT = {"tensor parallelism": {"tp_size": 2}, "FSDP2": {"fsdp_size": 2}}
+RUNS: dict[str, dict] = {
+    "one call": {"bptt_segments": 0},
+    "columns again": {"bptt_segments": 1},
+    "groups": {"bptt_segments": 2, "checkpoint_segments": 1, "gradient_accumulation_steps": 2},
+}
+CLOSE = 1e-12  # float64: sums over heads or rows in another order
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def results(model: RMTForCausalLM, rows: slice) -> dict[str, list]:
+    """What is compared: logits at once and token by token, what is generated, and gradients of the rows given."""
+    ids = tiny_ids(2, 9 * S + 3)
+    with torch.no_grad():
+        steps = read(model, ids, [S + 3, *[1] * (7 * S)])[0]
+        tokens = model.generate(ids[:, : 2 * S + 3], max_new_tokens=3 * S, do_sample=False, eos_token_id=None)
+    logits = model(ids).logits
+    few = model(ids[:, :3]).logits
+    found = {"logits": logits, "few": few, "steps": steps, "tokens": tokens.double()}
+    model.train()
+    for length in (ids.shape[1], 3):  # memory is read, and in three columns it is not
+        model.zero_grad()
+        model(ids[rows, :length], labels=ids[rows, :length]).loss.backward()
+        for name, parameter in model.named_parameters():
+            found[f"{length} {name}"] = whole(torch.zeros(1) if parameter.grad is None else parameter.grad)
+    return {name: whole(tensor).detach().flatten().tolist() for name, tensor in found.items()}
+
+
+def train(model: RMTForCausalLM, folder: Path, name: str) -> list[float]:
+    """Losses of a run in stream mode, in all processes together, and its evaluation."""
+    rows = LANES // int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = {"stream_length": 2 * S, "max_steps": 4, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.3}
+    arguments |= {"save_steps": 2, "save_only_model": True, "use_cpu": True, "disable_tqdm": True, "max_grad_norm": 0.1}
+    sizes = {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
+    data = Dataset.from_dict({"input_ids": [tiny_ids(1, n, seed=n)[0].tolist() for n in (50, 31, 7, 16, 40, 9, 70)]})
+    run = RMTTrainer(
+        model,
+        RMTTrainingArguments(str(folder), **(arguments | sizes | RUNS[name])),
+        train_dataset=data,
+        eval_dataset=data,
+    )
+    run.train()
+    history = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    return [*history, run.evaluate()["eval_loss"]]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory) -> tuple[Path, dict]:
+    folder = tmp_path_factory.mktemp("two")
+    for form, fields in FORMS.items():
+        tiny_model(**fields).save_pretrained(folder / form)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # `--cpu` starts one process only. Without it two start, and the script says that they are to use the CPU.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    paths = os.pathsep.join(["src", "tests", os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launch, f"--main_process_port={port}", __file__, str(folder)],
+        env=os.environ | {"PYTHONPATH": paths},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder, json.loads((folder / "results.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", SHARED_OUT)
+def test_a_model_shared_out_is_the_model(kind: str, form: str, of_two: tuple[Path, dict]) -> None:
+    folder, found = of_two
+    expected = results(tiny_model(**FORMS[form]), slice(None))
+    assert found[f"{kind}: {form}"].keys() == expected.keys()
+    for name, numbers in expected.items():
+        numbers = numbers if any(numbers) else [0.0] * len(found[f"{kind}: {form}"][name])  # none, and zeros with FSDP
+        assert found[f"{kind}: {form}"][name] == pytest.approx(numbers, rel=0, abs=CLOSE), name
+    saved = folder / f"{kind}: {form}"
+    assert [file.name for file in saved.glob("*.safetensors")] == ["model.safetensors"]
+    ids, again = tiny_ids(2, 5 * S), RMTForCausalLM.from_pretrained(saved).eval()
+    torch.testing.assert_close(again(ids).logits, tiny_model(**FORMS[form])(ids).logits, rtol=0, atol=CLOSE)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_fsdp_trains_lanes_as_one_process(name: str, of_two: tuple[Path, dict], tmp_path) -> None:
+    folder, found = of_two
+    # Trainer adds losses up in float32, and the loss itself is computed in it.
+    assert found[name] == pytest.approx(train(tiny_model(**FORMS["default"]), tmp_path, name), rel=2e-6)
+    one, two = (
+        RMTForCausalLM.from_pretrained(path / "checkpoint-4").state_dict() for path in (tmp_path, folder / name)
+    )
+    for key, tensor in one.items():
+        torch.testing.assert_close(tensor, two[key], rtol=0, atol=1e-6)
+    assert not torch.equal(one["lm_head.weight"], tiny_model(**FORMS["default"]).lm_head.weight)
+
+
+def test_the_plan_names_what_is_there() -> None:
+    for fields in (*FORMS.values(), {"num_memory_slots": 0}, {"num_memory_slots": 0, "use_local_attention": False}):
+        model = RMTForCausalLM(tiny_config(**fields))
+        names = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
+        names = {re.sub(r"\.\d+", ".*", name) for name in names}
+        assert set(model.tp_plan) <= names and set(model.fsdp_plan) <= names
+        assert "base_model_tp_plan" not in model.config.to_dict()
+        assert RMTConfig.from_dict(model.config.to_dict()).base_model_tp_plan == model.config.base_model_tp_plan
+
+
+def test_what_cannot_be_shared_out_is_refused(of_two: tuple[Path, dict]) -> None:
+    found = of_two[1]["refused"]
+    assert "tp_size must divide num_key_value_heads (1), got 2" in found["heads"]
+    assert "pp_size must be 1, got 2" in found["pipeline"]
+    assert "fsdp" in found["plugin"] and "DistributedConfig(fsdp_size=" in found["plugin"]
+    assert "heads of one process" in found["state"]
+
+
+def main(folder: Path) -> None:
+    found: dict = {"refused": {}}
+    rank = int(os.environ["RANK"])
+    for kind, sizes in SHARED_OUT.items():
+        for form in FORMS:
+            config = DistributedConfig(**sizes)
+            model = RMTForCausalLM.from_pretrained(folder / form, distributed_config=config).eval()
+            model.save_pretrained(folder / f"{kind}: {form}")
+            found[f"{kind}: {form}"] = results(model, slice(None) if "tp_size" in sizes else slice(rank, rank + 1))
+    for name in RUNS:
+        config = DistributedConfig(fsdp_size=2)
+        model = RMTForCausalLM.from_pretrained(folder / "default", distributed_config=config)
+        found[name] = train(model, folder / name, name)
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps(found), "utf-8")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -319,11 +319,18 @@ class RMTCache(Cache):
             directory: Made if it does not exist. Other files in it stay; a state in it is replaced in one step.
 
         Raises:
-            ValueError: If the state is empty, or not finite; nothing is written then.
+            ValueError: If the state is empty, not finite, or of a part of the heads; nothing is written then.
         """
         if not self.is_initialized:
             raise ValueError(
                 "The state to save must have read something, got an empty one: begin with RMTCache(config)."
+            )
+        num_heads = cast(LayerState, self.layers[0].state).keys.shape[1]
+        wanted = self.fingerprint["num_key_value_heads"]
+        if num_heads != wanted:
+            raise ValueError(
+                f"A state that is saved must have all {wanted} key/value heads, got {num_heads}, the heads of one "
+                "process of several (tensor parallelism): let a model that is not shared out read the text."
             )
         names = state_shapes(self.fingerprint, self.batch_size)
         record = {name: getattr(self, name) for name in CLOCK} | {"dtype": str(self.state_dtype)}

@@ -3,6 +3,8 @@
 Shapes: B rows, T columns of a call, E hidden size.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -98,4 +100,28 @@ def check_labels(labels: torch.Tensor | None, inputs: torch.Tensor | None) -> No
         raise ValueError(
             f"labels must have the shape of the input, {tuple(inputs.shape[:2])}, got {tuple(labels.shape)}: give one "
             "label for each column of the call, not shifted, -100 where none is wanted."
+        )
+
+
+def check_processes(distributed_config: Any, config: RMTConfig) -> None:
+    """Refuses processes that a model cannot be shared out over.
+
+    Args:
+        distributed_config: `transformers.distributed.DistributedConfig`, or None.
+        config: Of the model.
+
+    Raises:
+        ValueError: If key/value heads cannot be dealt out evenly, or a pipeline is wanted.
+    """
+    tp_size, pp_size = (getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size"))
+    num_heads, _ = config.key_value_shape
+    if num_heads % tp_size:
+        raise ValueError(
+            f"tp_size must divide num_key_value_heads ({num_heads}), got {tp_size}: memory belongs to a head and "
+            "cannot be split any further. Use fewer processes, or fsdp_size."
+        )
+    if pp_size > 1:
+        raise ValueError(
+            f"pp_size must be 1, got {pp_size}: the layers of a call share a plan and one state, which a pipeline of "
+            "processes would take apart. Use fsdp_size or tp_size."
         )

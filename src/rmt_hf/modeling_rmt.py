@@ -38,6 +38,7 @@ from .inputs_rmt import (
     check_cache_type,
     check_ids,
     check_labels,
+    check_processes,
     clear_padding,
     real_columns,
     refuse_reentrant_checkpoints,
@@ -136,6 +137,12 @@ class RMTPreTrainedModel(PreTrainedModel):
             init.constant_(module.bias, FUSION_GATE_BIAS)
         elif isinstance(module, RMTRotaryEmbedding):
             init.copy_(module.turns, rotary_turns(module.config))
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
+        """As every model; refuses a `distributed_config` of `from_pretrained` that cannot be followed (ValueError)."""
+        check_processes(distributed_config, cast(RMTConfig, model.config))
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     @torch.no_grad()
     def memorize(

@@ -78,8 +78,19 @@ class RMTTrainer(Trainer):
                 "compute_metrics wants logits, and with use_chunked_loss=True a model that computes a loss makes none: "
                 "leave out compute_metrics, or set use_chunked_loss=False."
             )
+        if arguments.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                "fsdp is for accelerators, got processes on a CPU, where accelerate would train whole copies (DDP) "
+                "without a word: load the model with distributed_config=DistributedConfig(fsdp_size=...), or leave it "
+                "out."
+            )
         if arguments.stream_length is None and arguments.checkpoint_segments is None:
             return
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "DeepSpeed trains whole plain rows only, got stream_length or checkpoint_segments: it does not go back "
+                "through several calls at once. Leave them out, or train without deepspeed (docs/many_gpus.md)."
+            )
         for name in ("stream_length", "checkpoint_segments"):
             if getattr(arguments, name) is not None and not self._loss_shifts_labels:
                 raise ValueError(

@@ -99,7 +99,7 @@ def test_training_comes_nearer_to_the_teacher_and_touches_memory_alone(tmp_path)
     assert last < 0.95 * first
     changed = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed <= set(memory_parameters(trainer.model))
-    assert any(name.endswith("fusion_scale") for name in changed)
+    assert any(name.endswith("fusion.scale") for name in changed)
     assert any(name.endswith("memory_q_proj.weight") for name in changed)
     assert all(torch.equal(tensor, teacher[name]) for name, tensor in trainer.teacher.state_dict().items())
 
@@ -116,7 +116,7 @@ def test_accumulated_steps_are_the_mean_of_their_rows(tmp_path):
     before = [parameter.detach().clone() for parameter in parameters]
     trainer.train()
     for name, old, new, gradient in zip(names, before, parameters, wanted, strict=True):
-        rate = 0.2 if name.endswith("fusion_scale") else 0.02
+        rate = 0.2 if name.endswith("fusion.scale") else 0.02
         step = torch.zeros_like(old) if gradient is None else rate * gradient
         torch.testing.assert_close(old - new.detach(), step, rtol=1e-3, atol=1e-7)
 

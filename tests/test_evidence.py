@@ -47,7 +47,7 @@ def test_forms_have_one_size_and_one_state(name, base):
 
 
 def test_a_finished_run_is_not_done_again_and_the_table_shows_it(tmp_path, capsys):
-    arguments = ["--output-dir", str(tmp_path), "--rows", "replacing gate", "Llama", "--seeds", "0", *TINY]
+    arguments = ["--output-dir", str(tmp_path), "--rows", "reference", "Llama", "--seeds", "0", *TINY]
     evidence.main(arguments)
     lines = (tmp_path / "runs.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 4  # two rows, two tasks
@@ -55,10 +55,10 @@ def test_a_finished_run_is_not_done_again_and_the_table_shows_it(tmp_path, capsy
     evidence.main(arguments)
     assert (tmp_path / "runs.jsonl").read_text("utf-8").splitlines() == lines
     table = (tmp_path / "table.md").read_text("utf-8")
-    assert "|replacing gate|1|" in table and "|Llama|1|" in table
+    assert "|reference|1|" in table and "|Llama|1|" in table
     assert (tmp_path / "evidence.png").stat().st_size > 0
     rows = read_runs(tmp_path / "runs.jsonl")["recall"]
-    expected = rows["Llama"][0]["accuracy_8"] - rows["replacing gate"][0]["accuracy_8"]
+    expected = rows["Llama"][0]["accuracy_8"] - rows["reference"][0]["accuracy_8"]
     assert differences("recall", rows, "Llama") == [expected]
 
 
@@ -95,10 +95,10 @@ def test_a_peer_in_our_time_reads_its_share_of_text_alone_and_rows_come_in_order
 
 def test_gates_and_a_shared_query_are_what_they_say():
     base = evidence.recall_config()
-    for name, bias in (("default", -1), ("replacing gate", 1), ("paper", 1)):
+    gates = {"default": (-1, [0, -2]), "reference": (1, [0, 0]), "closed fusion gate": (1, [-2, -2])}
+    for name, (memory, fusion) in (gates | {"keeping gate": (-1, [0, 0])}).items():
         (layer,) = evidence.build(evidence.ROWS[name], base, 0).model.layers
-        assert (layer.self_attn.memory.gate_bias == bias).all()
-    (layer,) = evidence.build(evidence.ROWS["closed fusion gate"], base, 0).model.layers
-    assert (layer.self_attn.fusion.gate.bias == -2).all()
+        assert (layer.self_attn.memory.gate_bias == memory).all()
+        assert layer.self_attn.fusion.gate.bias.tolist() == base.num_attention_heads * fusion
     (layer,) = evidence.build(evidence.ROWS["shared query"], base, 0).model.layers
     assert layer.self_attn.memory_q_proj is layer.self_attn.q_proj

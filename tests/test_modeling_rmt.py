@@ -326,6 +326,8 @@ def test_initial_values_are_those_of_the_table(fusion):
             assert (parameter == 1).all(), name
         elif name.endswith("memory.gate_bias"):
             assert (parameter == -1).all(), name
+        elif name.endswith("fusion.gate.bias"):
+            assert parameter.tolist() == 4 * [0, -2], name  # of each head: local path, memory
         elif name.endswith((".bias", "gate_weight", "fusion.logits")):
             assert (parameter == 0).all(), name
         else:

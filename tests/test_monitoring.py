@@ -81,14 +81,14 @@ def test_reads_of_a_model_that_reads_all_slots_alike() -> None:
 def test_shares_of_fusion() -> None:
     model = tiny_model()
     for layer in model.model.layers:
-        layer.self_attn.fusion_gate_proj.weight.data.zero_()
-        layer.self_attn.fusion_gate_proj.bias.data = torch.tensor([0.3] * 4 + [-1.0] * 4).double()
-        layer.self_attn.fusion_scale.data = torch.tensor([[2.0] * 4, [0.5] * 4]).double()
+        layer.self_attn.fusion.gate.weight.data.zero_()
+        layer.self_attn.fusion.gate.bias.data = torch.tensor([0.3] * 4 + [-1.0] * 4).double()
+        layer.self_attn.fusion.scale.data = torch.tensor([[2.0] * 4, [0.5] * 4]).double()
     for layer in figures(model):
         assert layer["fusion_local"] == pytest.approx(2 / (1 + math.exp(-0.3)), rel=1e-6)
         assert layer["fusion_memory"] == pytest.approx(0.5 / (1 + math.exp(1.0)), rel=1e-6)
     for index, layer in enumerate(figures(model := tiny_model(fusion_type="softmax"))):
-        expected = model.model.layers[index].self_attn.fusion_logits.softmax(0).tolist()
+        expected = model.model.layers[index].self_attn.fusion.logits.softmax(0).tolist()
         assert [layer[f"fusion_{name}"] for name in ("global", "local", "memory")] == pytest.approx(expected, rel=1e-6)
 
 

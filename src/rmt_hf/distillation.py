@@ -104,9 +104,9 @@ def parameter_groups(model: nn.Module, learning_rate: float, scale_factor: float
     Args:
         model: After `freeze_base`, say.
         learning_rate: Of all others.
-        scale_factor: By how much the learning rate of `fusion_scale` is larger.
+        scale_factor: By how much the learning rate of `fusion.scale` is larger.
     """
-    scales = [item for item in memory_parameters(model).items() if item[0].endswith("fusion_scale")]
+    scales = [item for item in memory_parameters(model).items() if item[0].endswith("fusion.scale")]
     names = {name for name, _ in scales}
     others = [item for item in model.named_parameters() if item[1].requires_grad and item[0] not in names]
     rates = (scale_factor * learning_rate, learning_rate)

@@ -25,8 +25,7 @@ from .data import cut_into_rows, shakespeare, token_byte_counts, tokenize, train
 from .evaluation import bits_per_byte, token_bits
 from .evidence_report import write_evidence
 from .memory_rmt import RMTMemory
-from .modeling_rmt import MEMORY_GATE_BIAS
-from .paths_rmt import RMTFusionGate
+from .paths_rmt import RMTFusion
 from .peers import build_peer, num_parameters, read, state_bytes
 from .recall import FIRST_QUESTION, NUM_FACTS, VOCABULARY, answers, noise, place_facts
 from .report import environment
@@ -37,25 +36,38 @@ NUM_QUESTIONS = 16
 RECALL_SEGMENT, RECALL_CHUNK = 8, 2  # tokens
 
 
+def set_gates(model: RMTForCausalLM, memory: float | None = None, fusion: float | None = None) -> None:
+    """Sets what memory gates, and gates of the fusion, give before anything is learned: sigmoids of these biases."""
+    for module in model.modules():
+        if isinstance(module, RMTMemory) and memory is not None:
+            torch.nn.init.constant_(module.gate_bias, memory)
+        if isinstance(module, RMTFusion) and hasattr(module, "gate") and fusion is not None:
+            torch.nn.init.constant_(module.gate.bias, fusion)
+
+
+def reference_gates(model: RMTForCausalLM) -> None:
+    """A slot is mostly replaced, and all paths begin half open: the form that the others are one step away from."""
+    set_gates(model, memory=1.0, fusion=0.0)
+
+
 class Row(NamedTuple):
     """A form of our model, or a peer.
 
     Args:
-        fields: Of the configuration that differ from the default row; functions of the default configuration.
+        fields: Of the configuration that differ from the default; functions of the default configuration.
+        gates: How gates begin.
         prepare: What is done to the new model before it is trained.
         peer: Name of a peer in place of our model, and what `build_peer` is told besides.
         gate_stretch: How far the sigmoid of the memory gate reaches beyond 0 and 1.
-        memory_gate_bias: What the memory gate begins with. The grid stands around +1, a slot that is mostly replaced;
-            -1, a slot that is mostly kept, has won it, and is the default now.
         share: Of the tokens of text that all others read: as many as a slower peer reads in the time of the default
             row. Such a row is there for text alone.
     """
 
     fields: Callable[[RMTConfig], dict[str, Any]] = lambda base: {}
+    gates: Callable[[RMTForCausalLM], None] = reference_gates
     prepare: Callable[[RMTForCausalLM], None] = lambda model: None
     peer: tuple[str, dict[str, Any]] | None = None
     gate_stretch: float = memory_rmt.GATE_STRETCH
-    memory_gate_bias: float = 1.0
     share: float = 1.0
 
 
@@ -74,13 +86,6 @@ def paper_form(base: RMTConfig) -> dict[str, Any]:
     return {"fusion_type": "softmax", "memory_write": "mean", "use_qk_norm": False, **without_lookback(base)}
 
 
-def set_bias(model: RMTForCausalLM, kind: type[torch.nn.Module], name: str, value: float) -> None:
-    """Sets what a gate gives before anything is learned: a sigmoid of its bias."""
-    for module in model.modules():
-        if isinstance(module, kind):
-            torch.nn.init.constant_(getattr(module, name), value)
-
-
 def share_query(model: RMTForCausalLM) -> None:
     """Memory is asked with the query of attention: one projection less (and so fewer parameters, in this row alone)."""
     for layer in model.model.layers:
@@ -88,12 +93,13 @@ def share_query(model: RMTForCausalLM) -> None:
 
 
 ROWS = {
-    "default": Row(memory_gate_bias=MEMORY_GATE_BIAS),
-    "replacing gate": Row(),
+    "default": Row(gates=lambda model: None),  # keeping gate, memory nearly closed
+    "reference": Row(),
     "no memory": Row(fields(num_memory_slots=0)),
     "paper": Row(paper_form),
     "softmax fusion": Row(fields(fusion_type="softmax")),
-    "closed fusion gate": Row(prepare=partial(set_bias, kind=RMTFusionGate, name="bias", value=-2.0)),  # 0.12, not 0.5
+    "closed fusion gate": Row(prepare=partial(set_gates, fusion=-2.0)),  # sigmoid 0.12, not 0.5
+    "keeping gate": Row(prepare=partial(set_gates, memory=-1.0)),  # 0.22 is replaced, not 0.78
     "pool write": Row(fields(memory_write="pool")),
     "mean write": Row(fields(memory_write="mean")),
     "no lookback": Row(without_lookback),
@@ -132,7 +138,7 @@ def build(row: Row, base: RMTConfig, seed: int) -> PreTrainedModel:
         missing = wanted - num_parameters(make(base.intermediate_size)).non_embedding
     set_seed(seed)
     model = make(base.intermediate_size + round(missing / (3 * base.hidden_size * base.num_hidden_layers)))
-    set_bias(model, RMTMemory, "gate_bias", row.memory_gate_bias)
+    row.gates(model)
     row.prepare(model)
     return model
 

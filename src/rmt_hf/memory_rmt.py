@@ -5,11 +5,10 @@ K slots per segment, M slots, G key/value heads, D head width, E hidden size.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
 from torch.nn import functional as F
 
 from .configuration_rmt import RMTConfig
@@ -95,12 +94,15 @@ def own_heads(parameter: torch.Tensor) -> torch.Tensor:
 
     Whatever else a parameter is divided for is undone: a turn runs outside of the layer that would gather it.
     """
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "device_mesh"):  # no DTensor, which not every build of torch has
         return parameter
-    mesh = parameter.device_mesh
+    from torch.distributed.tensor import Replicate
+
+    dealt: Any = parameter
+    mesh = dealt.device_mesh
     names = mesh.mesh_dim_names or [""] * mesh.ndim
-    wanted = [old if name == "tp" else Replicate() for name, old in zip(names, parameter.placements, strict=True)]
-    return parameter.redistribute(placements=wanted).to_local()
+    wanted = [old if name == "tp" else Replicate() for name, old in zip(names, dealt.placements, strict=True)]
+    return dealt.redistribute(placements=wanted).to_local()
 
 
 def empty_slots(like: torch.Tensor, num_slots: int) -> Slots:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
@@ -48,7 +47,7 @@ from .layout_rmt import SEGMENTS, STEP, CallLayout, fixed_step, plan_call
 from .loss_rmt import check_chunked_loss, chunked_loss
 from .memory_rmt import RMTMemory
 from .packing_rmt import find_restarts, plan_packed_call
-from .paths_rmt import RMTFusion, RMTFusionGate
+from .paths_rmt import RMTFusion
 from .state_rmt import LayerState
 from .step_rmt import OneToken, is_plain_step, one_token, planned_step
 
@@ -83,13 +82,13 @@ class RMTDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, LayerState | None]:
         """(B, T, E) to (B, T, E) and the layer's new state; other arguments as `RMTAttention.forward` takes them."""
         attended, _, state = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
-        if isinstance(self, FSDPModule) and torch.is_grad_enabled():
+        if hasattr(self, "reshard") and torch.is_grad_enabled():  # `fully_shard` has made it an FSDPModule
             attended = attended + self.self_attn.zero_with_gradient()
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), state
 
 
-FUSION_GATE_BIAS = 0.0  # sigmoid 0.5: the extra paths begin half open
+FUSION_GATE_BIAS = (0.0, -2.0)  # of local path and memory, sigmoid 0.5 and 0.12: half open and nearly closed
 MEMORIZE_TOKENS = 8192  # tokens of all rows in one call of `memorize`: enough for speed, and little memory
 MEMORY_GATE_BIAS = -1.0  # stretched sigmoid 0.22: a slot is mostly kept, so that it outlives many turns of the ring
 
@@ -119,7 +118,7 @@ class RMTPreTrainedModel(PreTrainedModel):
         | memory.null_key | normal, `initializer_range` |
         | memory.gate_weight | 0: every slot is treated alike at first |
         | memory.gate_bias | MEMORY_GATE_BIAS |
-        | fusion.gate.bias | FUSION_GATE_BIAS |
+        | fusion.gate.bias | FUSION_GATE_BIAS, by path |
         | fusion.scale | 1 |
         | fusion.logits | 0: equal shares |
         """
@@ -131,10 +130,10 @@ class RMTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMTFusion):
             if hasattr(module, "scale"):
                 init.ones_(module.scale)
+                biases = [bias for bias, there in zip(FUSION_GATE_BIAS, module.exists, strict=True) if there]
+                init.copy_(module.gate.bias, torch.tensor(biases).repeat(len(module.scale)))
             if hasattr(module, "logits"):
                 init.zeros_(module.logits)
-        elif isinstance(module, RMTFusionGate):
-            init.constant_(module.bias, FUSION_GATE_BIAS)
         elif isinstance(module, RMTRotaryEmbedding):
             init.copy_(module.turns, rotary_turns(module.config))
 

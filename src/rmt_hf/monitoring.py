@@ -225,7 +225,7 @@ def gates_noted(memory: RMTMemory, means: LayerMeans) -> Iterator[None]:
 
 def note_fusion(attention: RMTAttention, hidden: torch.Tensor, is_real: torch.Tensor, means: LayerMeans) -> None:
     """Notes what each path counts for hidden states (B, T, E) of real tokens, (B, T) bool."""
-    shares = attention._shares(hidden)
+    shares = attention.fusion(hidden)
     for name, share in zip(("global", "local", "memory"), shares, strict=True):
         if share is not None:
             of_heads = share.expand(*is_real.shape, attention.config.num_attention_heads, 1)

@@ -89,8 +89,8 @@ def test_labels_add_their_cross_entropy(tmp_path):
 
 
 def test_training_comes_nearer_to_the_teacher_and_touches_memory_alone(tmp_path):
-    rows = [make_row(4 * WINDOW)] * 30
-    trainer = make_trainer(tmp_path, rows, max_steps=30)
+    rows = [make_row(4 * WINDOW)] * 60
+    trainer = make_trainer(tmp_path, rows, max_steps=60)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     teacher = {name: tensor.clone() for name, tensor in trainer.teacher.state_dict().items()}
     first = trainer.compute_loss(trainer.model, {"input_ids": tiny_ids(1, 4 * WINDOW)}).item()

@@ -82,8 +82,8 @@ def test_shares_of_fusion() -> None:
     model = tiny_model()
     for layer in model.model.layers:
         layer.self_attn.fusion.gate.weight.data.zero_()
-        layer.self_attn.fusion.gate.bias.data = torch.tensor([0.3] * 4 + [-1.0] * 4).double()
-        layer.self_attn.fusion.scale.data = torch.tensor([[2.0] * 4, [0.5] * 4]).double()
+        layer.self_attn.fusion.gate.bias.data = torch.tensor([0.3, -1.0] * 4).double()
+        layer.self_attn.fusion.scale.data = torch.tensor([[2.0, 0.5]] * 4).double()
     for layer in figures(model):
         assert layer["fusion_local"] == pytest.approx(2 / (1 + math.exp(-0.3)), rel=1e-6)
         assert layer["fusion_memory"] == pytest.approx(0.5 / (1 + math.exp(1.0)), rel=1e-6)

@@ -47,7 +47,7 @@ from .layout_rmt import SEGMENTS, STEP, CallLayout, fixed_step, plan_call
 from .loss_rmt import check_chunked_loss, chunked_loss
 from .memory_rmt import RMTMemory
 from .packing_rmt import find_restarts, plan_packed_call
-from .paths_rmt import RMTFusion
+from .paths_rmt import RMTFusion, RMTFusionGate
 from .state_rmt import LayerState
 from .step_rmt import OneToken, is_plain_step, one_token, planned_step
 
@@ -130,10 +130,11 @@ class RMTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RMTFusion):
             if hasattr(module, "scale"):
                 init.ones_(module.scale)
-                biases = [bias for bias, there in zip(FUSION_GATE_BIAS, module.exists, strict=True) if there]
-                init.copy_(module.gate.bias, torch.tensor(biases).repeat(len(module.scale)))
             if hasattr(module, "logits"):
                 init.zeros_(module.logits)
+        elif isinstance(module, RMTFusionGate):
+            biases = [bias for bias, there in zip(FUSION_GATE_BIAS, module.exists, strict=True) if there]
+            init.copy_(module.bias, torch.tensor(biases).repeat(len(module.bias) // len(biases)))
         elif isinstance(module, RMTRotaryEmbedding):
             init.copy_(module.turns, rotary_turns(module.config))
 

@@ -47,6 +47,14 @@ class Shares(NamedTuple):
     of_memory: torch.Tensor | None
 
 
+class RMTFusionGate(nn.Linear):
+    """The map from hidden states to the gates of the extra paths; a class of its own for its initial bias."""
+
+    def __init__(self, config: RMTConfig, exists: tuple[bool, bool]) -> None:
+        super().__init__(config.hidden_size, config.num_attention_heads * sum(exists))
+        self.exists = exists
+
+
 class RMTFusion(nn.Module):
     """What each path counts in the sum: a gate for each head and token, or trainable scalars of the layer.
 
@@ -60,7 +68,7 @@ class RMTFusion(nn.Module):
         self.exists = (config.use_local_attention, config.num_memory_slots > 0)
         num_extra_paths, num_heads = sum(self.exists), config.num_attention_heads
         if num_extra_paths and config.fusion_type == "gated":
-            self.gate = nn.Linear(config.hidden_size, num_heads * num_extra_paths)
+            self.gate = RMTFusionGate(config, self.exists)
             self.scale = nn.Parameter(torch.empty(num_heads, num_extra_paths))
         elif num_extra_paths:
             self.logits = nn.Parameter(torch.empty(1 + num_extra_paths))

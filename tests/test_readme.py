@@ -11,6 +11,7 @@ TEXT = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})

@@ -32,7 +32,7 @@ class LayerState:
     rotated_keys: list[Tensor] = field(default_factory=list)  # (G, D) each
     keys: list[Tensor] = field(default_factory=list)  # (G, D) each, unrotated
     values: list[Tensor] = field(default_factory=list)  # (G, D) each
-    scores: list[Tensor] = field(default_factory=list)  # (G,) each for select, (G*r,) for pool, none for mean
+    scores: list[Tensor] = field(default_factory=list)  # (G,) each for select, none for mean
 
 
 class ReferenceModel:
@@ -42,7 +42,7 @@ class ReferenceModel:
         known = {
             "hidden_act": ("silu",),
             "fusion_type": ("gated", "softmax"),
-            "memory_write": ("select", "pool", "mean"),
+            "memory_write": ("select", "mean"),
         }
         for name, choices in known.items():
             if getattr(config, name) not in choices:
@@ -142,12 +142,9 @@ class ReferenceModel:
             best_first = sorted(positions, key=lambda p: -state.scores[p][g].item())  # stable: of equals, the earlier
             p = sorted(best_first[:num_slots])[j]
             return state.keys[p][g], state.values[p][g], torch.nn.functional.logsigmoid(state.scores[p][g])
-        if self.config.memory_write == "pool":
-            weights = torch.softmax(torch.stack([state.scores[p][g * num_slots + j] for p in positions]), dim=0)
-        else:
-            part = length // num_slots
-            positions = positions[j * part : (j + 1) * part]
-            weights = state.keys[start].new_full((part,), 1 / part)
+        part = length // num_slots
+        positions = positions[j * part : (j + 1) * part]
+        weights = state.keys[start].new_full((part,), 1 / part)
         key = weights @ torch.stack([state.keys[p][g] for p in positions])
         value = weights @ torch.stack([state.values[p][g] for p in positions])
         return key, value, key.new_zeros(())

@@ -137,7 +137,7 @@ def test_the_encoding_can_be_undone(rope):
 FORMS = {
     "gated select": {},
     "paper": {"fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
-    "pool": {"memory_write": "pool", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
+    "mean": {"memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
     "one head": {"num_key_value_heads": 1, "num_memory_slots": 2, "use_local_attention": False},
     "all heads": {"num_key_value_heads": 4, "num_memory_slots": 0},
 }

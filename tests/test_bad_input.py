@@ -110,9 +110,9 @@ def test_a_bad_call_says_so_and_leaves_the_state_alone(name: str) -> None:
     [
         (lambda: other_state(segment_length=16), ValueError, "segment_length 16 instead of 8.*RMTCache"),
         (
-            lambda: other_state(num_hidden_layers=3, memory_write="pool"),
+            lambda: other_state(num_hidden_layers=3, memory_write="mean"),
             ValueError,
-            "num_hidden_layers 3.*memory_write pool",
+            "num_hidden_layers 3.*memory_write mean",
         ),
         (lambda: other_state(rows=1), ValueError, "holds 1 streams, the input has 2 rows.*batch_select_indices"),
         (lambda: DynamicCache(config=tiny_config()), TypeError, "must be an RMTCache, got DynamicCache: pass RMTCache"),
@@ -167,7 +167,7 @@ def test_a_call_that_fails_half_way_has_not_happened(columns: int, monkeypatch) 
         ({"segment_length": 10}, r"segment_length \(10\) must be a multiple of chunk_length \(4\): 8 is the nearest"),
         ({"num_memory_slots": 7}, r"num_memory_slots \(7\) must be a multiple of .*\(2\): 8 is the nearest"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
-        ({"memory_write": "max"}, r"memory_write must be one of select, pool, mean, got 'max'"),
+        ({"memory_write": "max"}, r"memory_write must be one of select, mean, got 'max'"),
         ({"vocab_size": 0}, r"vocab_size must be at least 1, got 0"),
     ],
 )

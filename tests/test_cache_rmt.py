@@ -19,7 +19,7 @@ C, S = 4, 8  # chunk and segment of tiny_config, whose ring is full after four w
 FORMS = {
     "gated select": {},
     "paper": {"fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
-    "pool": {"memory_write": "pool", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
+    "mean": {"memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
     "one turn": {"num_memory_slots": 2, "use_local_attention": False, "fusion_type": "softmax"},
     "no memory": {"num_memory_slots": 0},
 }
@@ -362,7 +362,7 @@ def test_rows_to_reset_are_named_by_a_mask(models, rows):
 
 # Law 5, gradients.
 
-WRITES = ["select", "pool", "mean"]
+WRITES = ["select", "mean"]
 
 
 def faithful_model(**fields):
@@ -458,7 +458,7 @@ def test_bytes_do_not_depend_on_the_length_of_the_stream(form, dtype):
     config, rows = model.config, 3
     item, wide = dtype.itemsize, max(4, dtype.itemsize)  # scores and strengths are float32 or wider
     heads, width, slots = config.num_key_value_heads, config.head_dim, config.num_memory_slots
-    scores = {"select": heads, "pool": heads * config.num_slots_per_chunk, "mean": 0}[config.memory_write]
+    scores = {"select": heads, "mean": 0}[config.memory_write]
     token = 2 * heads * width * item + (scores * wide if slots else 0)
     slot = heads * (2 * width * item + wide)
     # The window and one segment more, and memory before and after the last write, both for a rewind.

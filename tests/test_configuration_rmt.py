@@ -109,7 +109,7 @@ LLAMA3["original_max_position_embeddings"] = 8192
             {"num_slots_per_chunk": 65, "num_memory_slots": 0},
             "num_slots_per_chunk (65) must be at most chunk_length (64): a chunk cannot give more",
         ),
-        ({"memory_write": "max"}, "memory_write must be one of select, pool, mean, got 'max'."),
+        ({"memory_write": "max"}, "memory_write must be one of select, mean, got 'max'."),
         ({"fusion_type": "sum"}, "fusion_type must be one of gated, softmax, got 'sum'."),
         ({"hidden_act": "swoosh"}, "hidden_act must be a name in transformers.activations.ACT2FN, got 'swoosh'."),
         (

@@ -64,7 +64,7 @@ def test_a_book_and_what_goes_on_from_it(tmp_path: Path) -> None:
 
 NEW_MODEL = "--vocab_size 270 --eval_strategy steps --eval_steps 2 --stages 0,16,0;2,32,1 --config_overrides "
 NEW_MODEL += "hidden_size=32,intermediate_size=48,num_hidden_layers=1,num_attention_heads=2,chunk_length=4,"
-NEW_MODEL += "segment_length=16,num_memory_slots=8,memory_write=pool"
+NEW_MODEL += "segment_length=16,num_memory_slots=8,memory_write=mean"
 
 
 def test_finetuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -88,7 +88,7 @@ def test_finetuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert logs[-1]["memory_slot_use"] > 0
     assert sum("eval_bits_per_byte" in entry for entry in record["log"]) == 3
     model = RMTForCausalLM.from_pretrained(tmp_path / "new")
-    assert model.config.memory_write == "pool" and model.config.vocab_size == 270
+    assert model.config.memory_write == "mean" and model.config.vocab_size == 270
 
     shutil.rmtree(tmp_path / "new" / "checkpoint-4")
     resumed = again(*new, "--resume_from_checkpoint", "True")

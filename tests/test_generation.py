@@ -12,7 +12,7 @@ S = 8  # segment_length of the tiny configuration; its window is two segments
 PROMPTS = (3, S - 1, S, 2 * S + 5)
 FORMS = [
     {},
-    {"memory_write": "pool", "num_slots_per_chunk": 2, "use_qk_norm": True},
+    {"memory_write": "mean", "num_slots_per_chunk": 2, "use_qk_norm": True},
     {"num_lookback_segments": 0, "fusion_type": "softmax", "memory_write": "mean"},
     {"num_memory_slots": 0},
 ]

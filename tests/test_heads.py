@@ -29,7 +29,7 @@ from tiny import pad_left, tiny_config, tiny_ids, tiny_model
 
 
 C, S, N, WINDOW = 4, 8, 1, 16  # of the tiny configuration
-FORMS = [{}, {"memory_write": "pool", "num_slots_per_chunk": 2, "use_qk_norm": True}, {"num_lookback_segments": 0}]
+FORMS = [{}, {"memory_write": "mean", "num_slots_per_chunk": 2, "use_qk_norm": True}, {"num_lookback_segments": 0}]
 PAPER = {"num_lookback_segments": 0, "fusion_type": "softmax", "memory_write": "mean"}
 CLOSE = {"rtol": 0, "atol": 1e-12}  # float64, where other orders of summation differ by about 1e-15
 
@@ -292,7 +292,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("form", [*FORMS, PAPER, {"memory_write": "pool"}, {"attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize("form", [*FORMS, PAPER, {"memory_write": "mean"}, {"attention_bias": True, "mlp_bias": True}])
 def test_every_parameter_gets_a_gradient(form: dict) -> None:
     model = tiny_model(**form).train()
     ids = tiny_ids(2, 8 * S)  # more segments than the window and the ring hold: the write gate is asked, too
@@ -347,9 +347,9 @@ def by_steps(model, ids: torch.Tensor, part: int = 1) -> torch.Tensor:
 FORMATS = [
     (torch.float64, 1e-12, {}),
     (torch.float32, 1e-4, {}),
-    (torch.bfloat16, 0.3, {"memory_write": "pool"}),
+    (torch.bfloat16, 0.3, {"memory_write": "mean"}),
     (torch.bfloat16, 0.3, PAPER),
-    (torch.float16, 0.04, {"memory_write": "pool"}),
+    (torch.float16, 0.04, {"memory_write": "mean"}),
     (torch.float16, 0.04, PAPER | {"use_qk_norm": True}),
 ]
 
@@ -369,7 +369,7 @@ def test_every_format_gives_the_same_logits_cached_and_uncached(dtype, atol: flo
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("form", [{"memory_write": "pool"}, PAPER, {"memory_write": "pool", "use_qk_norm": True}])
+@pytest.mark.parametrize("form", [{"memory_write": "mean"}, PAPER, {"memory_write": "mean", "use_qk_norm": True}])
 def test_autocast_is_close_cached_and_uncached(form: dict, implementation: str) -> None:
     model, ids = tiny_model(dtype=torch.float32, **form), tiny_ids(2, 6 * S + 3)
     model.set_attn_implementation(implementation)
@@ -393,7 +393,7 @@ def test_autocast_trains(form: dict) -> None:
 @pytest.mark.parametrize("narrow_first", [False, True])
 def test_a_state_goes_on_in_another_format(narrow_first: bool) -> None:
     """Prefill under autocast and go on without it, or the other way round."""
-    model, ids = tiny_model(dtype=torch.float32, memory_write="pool"), tiny_ids(2, 6 * S + 3)
+    model, ids = tiny_model(dtype=torch.float32, memory_write="mean"), tiny_ids(2, 6 * S + 3)
     wanted = model(ids).logits
     for part in (1, 3, 3 * S):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow_first):

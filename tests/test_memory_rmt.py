@@ -186,23 +186,6 @@ def test_select_chooses_for_each_head_by_its_own_score():
     assert condense(scores, keys, **fields).keys[..., 0].tolist() == [[0, 1], [5, 7]]
 
 
-def test_pool_weights_tokens_by_a_softmax_of_each_of_its_scores():
-    # Two scores per token; their softmaxes are (1, 2, 1, 0) / 4 and all on token 3, then even and (0, 0, 1, 3) / 4.
-    never = -math.inf
-    columns = [[0, math.log(2), 0, never, 5, 5, 5, 5], [never, never, never, 1, never, never, 0, math.log(3)]]
-    slots = condense(number(*columns).T, memory_write="pool", num_slots_per_chunk=2)
-    assert_slots(slots, tokens(1, 3, 5.5, 6.75))
-
-
-def test_pool_scores_are_ordered_head_by_head():
-    keys = TOKEN_KEYS.expand(-1, -1, 2, -1)
-    scores = torch.full((8, 4), -math.inf, dtype=torch.float64)  # column g * r + j
-    for column, (first, second) in enumerate([(0, 4), (1, 5), (2, 6), (3, 7)]):
-        scores[first, column] = scores[second, column] = 0
-    fields = {"num_attention_heads": 2, "hidden_size": 4, "memory_write": "pool", "num_slots_per_chunk": 2}
-    assert condense(scores, keys, **fields).keys[..., 0].tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
-
-
 @pytest.mark.parametrize(("num_slots", "means"), [(1, [1.5, 5.5]), (2, [0.5, 2.5, 4.5, 6.5]), (4, list(range(8)))])
 def test_mean_cuts_the_chunk_in_equal_parts(num_slots, means):
     slots = condense(torch.zeros(8, 0, dtype=torch.float64), memory_write="mean", num_slots_per_chunk=num_slots)
@@ -210,7 +193,7 @@ def test_mean_cuts_the_chunk_in_equal_parts(num_slots, means):
 
 
 def test_scores_come_from_the_hidden_states():
-    memory = make_memory(seed=1, memory_write="pool", num_slots_per_chunk=2, chunk_length=2)
+    memory = make_memory(seed=1, memory_write="select")
     hidden_states = torch.randn(1, 3, 2, dtype=torch.float64)
     expected = hidden_states @ memory.score_proj.weight.T + memory.score_proj.bias
     torch.testing.assert_close(memory.scores(hidden_states), expected, **EXACT)
@@ -380,15 +363,13 @@ RUN_FIELDS = {
 }
 
 
-@pytest.mark.parametrize("write", ["select", "pool", "mean"])
+@pytest.mark.parametrize("write", ["select", "mean"])
 def test_every_parameter_changes_what_is_read(write):
     memory = make_memory(seed=7, memory_write=write, **RUN_FIELDS)
     scores = set() if write == "mean" else {"score_proj.weight", "score_proj.bias"}
     assert {name for name, _ in memory.named_parameters()} == {"null_key", "gate_weight", "gate_bias"} | scores
     before = run(memory, *run_inputs())
     for name, parameter in memory.named_parameters():
-        if (write, name) == ("pool", "score_proj.bias"):
-            continue  # the softmax over the tokens of a chunk does not see what is added to all of them
         with torch.no_grad():
             parameter += 0.1
             after = run(memory, *run_inputs())
@@ -403,7 +384,7 @@ def test_the_score_is_trained_through_the_strength():
         assert (parameter.grad.abs() > 1e-6).all()
 
 
-@pytest.mark.parametrize("write", ["select", "pool", "mean"])
+@pytest.mark.parametrize("write", ["select", "mean"])
 def test_gradients_are_those_of_finite_differences(write):
     memory = make_memory(seed=7, memory_write=write, **RUN_FIELDS)
     inputs = [tensor.requires_grad_() for tensor in run_inputs()] + list(memory.parameters())

@@ -16,7 +16,7 @@ CLOSE = {"rtol": 0, "atol": 1e-12}
 FORMS = {
     "default": {},
     "paper": {"num_lookback_segments": 0, "fusion_type": "softmax", "memory_write": "mean"},
-    "pool": {"memory_write": "pool", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
+    "mean": {"memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
     "small ring": {"num_memory_slots": 2},
     "no memory": {"num_memory_slots": 0},
     "no local": {"use_local_attention": False},

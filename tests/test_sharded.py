@@ -26,8 +26,8 @@ FORMS: dict[str, dict] = {
     "default": {"use_qk_norm": True},
     "chunked loss": {"use_chunked_loss": True},
     "paper": {"fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
-    "pool, tied, biases": {
-        **{"memory_write": "pool", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "mean, tied, biases": {
+        **{"memory_write": "mean", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
         **{"use_local_attention": False, "num_lookback_segments": 2},
     },
 }

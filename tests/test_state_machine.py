@@ -23,7 +23,7 @@ SIZE |= {"chunk_length": 2, "segment_length": S}
 FORMS = {
     "gated": {"num_memory_slots": 6, "num_key_value_heads": 1},
     "paper": {"num_memory_slots": 2, "fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
-    "pool": {"num_memory_slots": 8, "memory_write": "pool", "num_slots_per_chunk": 2, "num_lookback_segments": 2},
+    "mean": {"num_memory_slots": 8, "memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2},
 }
 
 # The same float64 sums of values below 10, taken in another order, differ by some 1e-14.

@@ -141,7 +141,7 @@ def test_a_run_resumes_where_it_was_cut(tmp_path) -> None:
 GOLDEN_FORMS = {
     "default": {},
     "paper": {"num_lookback_segments": 0, "fusion_type": "softmax", "memory_write": "mean"},
-    "pool": {"memory_write": "pool", "num_slots_per_chunk": 2, "use_qk_norm": True, "tie_word_embeddings": True},
+    "mean": {"memory_write": "mean", "num_slots_per_chunk": 2, "use_qk_norm": True, "tie_word_embeddings": True},
     "no memory": {"num_memory_slots": 0},
 }
 

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-MEMORY_WRITES = ("select", "pool", "mean")
+MEMORY_WRITES = ("select", "mean")
 FUSION_TYPES = ("gated", "softmax")
 ROPE_TYPES = {  # and the numbers that each asks for besides rope_theta
     "default": (),
@@ -55,7 +55,7 @@ class RMTConfig(PreTrainedConfig):
             else a multiple of `num_slots_per_segment`.
         num_slots_per_chunk (`int`, defaults to 1): Slots that a chunk is condensed to; at least 1, at most
             `chunk_length`, and a divisor of it with `memory_write="mean"`.
-        memory_write (`str`, defaults to `"select"`): How a chunk becomes slots; `"select"`, `"pool"` or `"mean"`.
+        memory_write (`str`, defaults to `"select"`): How a chunk becomes slots; `"select"` or `"mean"`.
         fusion_type (`str`, defaults to `"gated"`): How the attention paths are added up; `"gated"` or `"softmax"`.
         use_local_attention (`bool`, defaults to `True`): Whether the chunked local path exists.
         use_qk_norm (`bool`, defaults to `True`): Whether queries and keys are normalised per head before the rotary

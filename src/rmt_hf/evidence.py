@@ -100,7 +100,6 @@ ROWS = {
     "softmax fusion": Row(fields(fusion_type="softmax")),
     "closed fusion gate": Row(prepare=partial(set_gates, fusion=-2.0)),  # sigmoid 0.12, not 0.5
     "keeping gate": Row(prepare=partial(set_gates, memory=-1.0)),  # 0.22 is replaced, not 0.78
-    "pool write": Row(fields(memory_write="pool")),
     "mean write": Row(fields(memory_write="mean")),
     "no lookback": Row(without_lookback),
     "no local path": Row(fields(use_local_attention=False)),

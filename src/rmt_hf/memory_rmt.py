@@ -134,8 +134,7 @@ class RMTMemory(nn.Module):
         self.null_key = nn.Parameter(torch.empty(heads, width))
         self.gate_weight = nn.Parameter(torch.empty(heads, 4 * width))
         self.gate_bias = nn.Parameter(torch.empty(heads))
-        scores_per_head = {"select": 1, "pool": self.slots_per_chunk, "mean": 0}[config.memory_write]
-        self.score_proj = nn.Linear(config.hidden_size, heads * scores_per_head) if scores_per_head else None
+        self.score_proj = nn.Linear(config.hidden_size, heads) if config.memory_write == "select" else None
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the write needs to know of each token besides key and value.
@@ -144,7 +143,7 @@ class RMTMemory(nn.Module):
             hidden_states: (B, L, E), after the layer's input norm.
 
         Returns:
-            (B, L, G) for `"select"`, (B, L, G * r) for `"pool"`, (B, L, 0) for `"mean"`; float32 or wider.
+            (B, L, G) for `"select"`, (B, L, 0) for `"mean"`; float32 or wider.
         """
         if self.score_proj is None:
             return at_least_float32(hidden_states[..., :0])
@@ -170,10 +169,6 @@ class RMTMemory(nn.Module):
             strengths = F.logsigmoid(scores.reshape(*chunks, heads).gather(3, chosen))
             keys = keys.take_along_dim(chosen[..., None], dim=3)
             values = values.take_along_dim(chosen[..., None], dim=3)
-        elif self.write_type == "pool":
-            weights = scores.reshape(*chunks, heads, self.slots_per_chunk).softmax(3).to(keys.dtype)
-            keys = torch.einsum("bwcthr,bwcthd->bwcrhd", weights, keys)
-            values = torch.einsum("bwcthr,bwcthd->bwcrhd", weights, values)
         else:
             parts = (*chunks[:3], self.slots_per_chunk, self.chunk_length // self.slots_per_chunk, heads, width)
             keys, values = keys.reshape(parts).mean(4), values.reshape(parts).mean(4)

@@ -137,7 +137,7 @@ def state_shapes(fingerprint: dict[str, Any], batch_size: int) -> dict[str, tupl
     heads, width, slots = (fingerprint[name] for name in ("num_key_value_heads", "head_dim", "num_memory_slots"))
     segment = fingerprint["segment_length"]
     columns = (fingerprint["num_lookback_segments"] + 2) * segment
-    per_token = {"select": heads, "pool": heads * fingerprint["num_slots_per_chunk"], "mean": 0}
+    per_token = {"select": heads, "mean": 0}
     num_scores = per_token[fingerprint["memory_write"]] if slots else 0
     layer: dict[str, tuple[int, ...]] = {name: (batch_size, heads, columns, width) for name in ("keys", "values")}
     layer["scores"] = (batch_size, columns, num_scores)

@@ -395,14 +395,15 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
         Returns:
             `logits` (B, T, V), `loss`, `past_key_values`, and what `output_hidden_states`, `output_attentions` ask for.
             With labels and `config.use_chunked_loss`, `logits` is None, unless an adapter has taken the place of the
-            vocabulary projection.
+            vocabulary projection, or processes share it out.
 
         Raises:
             ValueError: As `RMTModel.forward`, and if labels have another shape.
             RuntimeError: As `RMTModel.forward`, and if `config.use_chunked_loss` meets a torch before 2.13.
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
-        in_chunks = labels is not None and self.config.use_chunked_loss and type(self.lm_head) in (nn.Linear, RMTLinear)
+        is_plain = type(self.lm_head) in (nn.Linear, RMTLinear) and not hasattr(self.lm_head.weight, "device_mesh")
+        in_chunks = labels is not None and self.config.use_chunked_loss and is_plain
         if in_chunks:
             check_chunked_loss()
         outputs = self.model(

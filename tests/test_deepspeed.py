@@ -6,8 +6,6 @@ Run as a script by `torchrun`.
 import importlib.util
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from datasets import Dataset
 
 from rmt_hf import RMTTrainer, RMTTrainingArguments, modeling_rmt
 from tiny import tiny_ids, tiny_model
+from two_processes import run_in_two
 
 
 S, ROWS = 8, 4  # segment_length of the tiny configuration
@@ -54,21 +53,7 @@ def test_it_is_read_and_names_our_layer() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_two_processes_train_as_one(tmp_path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    paths = os.pathsep.join(["src", "tests", os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*launch, __file__, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": paths, "DS_ACCELERATOR": "cpu"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    found = run_in_two(__file__, tmp_path, DS_ACCELERATOR="cpu")
     assert found["losses"] == pytest.approx(losses(trainer(tmp_path / "one")), rel=1e-5)  # float32
     assert "whole plain rows only" in found["refused"]
     assert (tmp_path / "model" / "model.safetensors").is_file()

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rmt_hf import RMTTrainer, RMTTrainingArguments, StreamSchedule
 from tiny import tiny_ids, tiny_model
+from two_processes import run_in_two
 
 
 S = 8  # segment_length of the tiny configuration
@@ -52,21 +51,7 @@ def train(folder: Path, name: str, resume: bool = False) -> list[float]:
 def of_two(tmp_path_factory) -> tuple[Path, dict]:
     """Results of two processes, each run cut off and resumed besides."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
-    paths = os.pathsep.join(["src", "tests", os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*launch, __file__, str(folder)],
-        env=os.environ | {"PYTHONPATH": paths},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder, json.loads((folder / "results.json").read_text("utf-8"))
+    return folder, run_in_two(__file__, folder)
 
 
 @pytest.mark.parametrize("name", RUNS)

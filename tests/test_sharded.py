@@ -6,8 +6,6 @@ Run as a script by `accelerate launch`, which starts both.
 import json
 import os
 import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from transformers.distributed import DistributedConfig
 from rmt_hf import RMTConfig, RMTForCausalLM, RMTTrainer, RMTTrainingArguments
 from test_processes import LANES, S
 from tiny import read, tiny_config, tiny_ids, tiny_model
+from two_processes import ACCELERATE, run_in_two
 
 
 FORMS: dict[str, dict] = {
@@ -85,22 +84,7 @@ def of_two(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("two")
     for form, fields in FORMS.items():
         tiny_model(**fields).save_pretrained(folder / form)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # `--cpu` starts one process only. Without it two start, and the script says that they are to use the CPU.
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
-    paths = os.pathsep.join(["src", "tests", os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*launch, f"--main_process_port={port}", __file__, str(folder)],
-        env=os.environ | {"PYTHONPATH": paths},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder, json.loads((folder / "results.json").read_text("utf-8"))
+    return folder, run_in_two(__file__, folder, ACCELERATE)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -63,14 +63,15 @@ class RMTLinear(nn.Linear):
     """
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        numbers, (out_features, width) = states.numel(), self.weight.shape  # of this process, if they are dealt out
+        weight = self.weight
+        numbers, (out_features, width) = states.numel(), weight.shape  # of this process, if they are dealt out
         is_few = numbers <= FEW_ROWS * width and numbers < FEW_NUMBERS and width <= NARROW
         if self.training or not is_few or not states.is_cpu or states.dtype not in DTYPES_OF_MKL:
             return super().forward(states)
         is_flat = states.dim() == 2
         flat = states if is_flat else states.reshape(-1, width)
         columns = (torch.cat([flat, flat]) if numbers == width else flat).t()
-        output, bias = self.weight.mm(columns).t()[: numbers // width].contiguous(), self.bias
+        output, bias = weight.mm(columns).t()[: numbers // width].contiguous(), self.bias
         output = output if bias is None else output + bias
         return output if is_flat else output.view(*states.shape[:-1], out_features)
 

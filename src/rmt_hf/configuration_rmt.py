@@ -155,11 +155,10 @@ class RMTConfig(PreTrainedConfig):
             names |= {"self_attn.memory.score_proj": "colwise"} if self.memory_write != "mean" else {}
             norms += ["memory_q_norm"] if self.use_qk_norm else []
         names |= {f"self_attn.{name}": "replicated_with_grad_allreduce" for name in norms}
-        if not self.num_memory_slots and not self.use_local_attention:
-            pass
-        elif self.fusion_type == "softmax":
+        has_extra_paths = self.num_memory_slots > 0 or self.use_local_attention
+        if has_extra_paths and self.fusion_type == "softmax":
             names |= {"self_attn.fusion": "replicated_with_grad_allreduce"}
-        else:
+        elif has_extra_paths:
             names |= {"self_attn.fusion.gate": "colwise", "self_attn.fusion.scale": "colwise"}
         return {f"layers.*.{name}": style for name, style in names.items()}
 

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from .conversion import memory_parameters
 from .data import IGNORED
 from .facts import Background, Story, spread
-from .tasks import Distance
 from .training import RMTTrainer
 
 
@@ -167,7 +166,8 @@ def rows_of(
             for _ in range(count):
                 if rng.random() < recall_share:
                     story = code_story(num_facts, rng)
-                    row = spread(story, background, length, least_distance(length), rng)
+                    # A quarter of a row between facts and question at least, so that most are out of the window.
+                    row = spread(story, background, length, length // 4, rng)
                     yield {"input_ids": row.input_ids[0].tolist(), "labels": row.labels[0].tolist()}
                     continue
                 ids = rng.choice(documents)
@@ -176,8 +176,3 @@ def rows_of(
                 yield {"input_ids": piece, "labels": piece if label_text else [IGNORED] * length}
 
     return Dataset.from_list(list(rows()))
-
-
-def least_distance(length: int) -> Distance:
-    """Tokens between facts and question at least: a quarter of a row, so that most are out of the window."""
-    return length // 4

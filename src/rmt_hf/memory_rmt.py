@@ -92,7 +92,8 @@ def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
 def own_heads(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter (heads, ...), or where tensor parallelism has dealt it out, the heads of this process.
 
-    Whatever else a parameter is divided for is undone: a turn runs outside of the layer that would gather it.
+    Whatever else a parameter is divided for is undone: the turn after a compiled step runs outside of the layer that
+    would gather it.
     """
     if not hasattr(parameter, "device_mesh"):  # no DTensor, which not every build of torch has
         return parameter

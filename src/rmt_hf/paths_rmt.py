@@ -65,6 +65,7 @@ class RMTFusion(nn.Module):
 
     def __init__(self, config: RMTConfig) -> None:
         super().__init__()
+        self.fusion_type = config.fusion_type
         self.exists = (config.use_local_attention, config.num_memory_slots > 0)
         num_extra_paths, num_heads = sum(self.exists), config.num_attention_heads
         if num_extra_paths and config.fusion_type == "gated":
@@ -77,7 +78,7 @@ class RMTFusion(nn.Module):
         """What each path counts for states (..., E): (..., H, 1), or with softmax fusion one number for the layer."""
         if not any(self.exists):
             return Shares(None, None, None)
-        if hasattr(self, "logits"):
+        if self.fusion_type == "softmax":
             first, *rest = at_least_float32(self.logits).softmax(0).to(hidden_states.dtype).unbind()
         else:
             gates = at_least_float32(self.gate(hidden_states)).sigmoid().unflatten(-1, (-1, sum(self.exists)))

@@ -51,8 +51,10 @@ def load_source(args: argparse.Namespace) -> tuple[PreTrainedModel, object]:
 
 def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> tuple[RMTForCausalLM, list[dict]]:
     """The converted model after training, and what the Trainer logged."""
-    names = ("segment_length", "chunk_length", "num_memory_slots")
-    model = add_memory(source, **{name: getattr(args, name) for name in names})
+    names = ("segment_length", "chunk_length", "num_slots_per_chunk", "num_memory_slots")
+    # Without the local path, nothing but memory is new, and that is empty inside the window: there, what is trained
+    # cannot change the model.
+    model = add_memory(source, use_local_attention=False, **{name: getattr(args, name) for name in names})
     print(freeze_base(model))
     arguments = RMTTrainingArguments(
         output_dir=str(args.output_dir / "training"),
@@ -66,10 +68,13 @@ def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> tuple[RMTF
         save_steps=args.save_steps,
         save_total_limit=1,
         report_to="none",
+        bf16=args.bf16,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
-    optimizer = torch.optim.AdamW(parameter_groups(model, args.learning_rate), betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, args.learning_rate, args.scale_factor), betas=(0.9, 0.98), weight_decay=0.0
+    )
     trainer = DistillationTrainer(
         model,
         arguments,
@@ -89,11 +94,16 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("reports/memory"))
     parser.add_argument("--segment-length", type=int, default=128)
     parser.add_argument("--chunk-length", type=int, default=16)
-    parser.add_argument("--num-memory-slots", type=int, default=128)
-    parser.add_argument("--stages", nargs="+", default=["1024:128", "2048:128"], metavar="TOKENS:ROWS")
+    parser.add_argument("--num-slots-per-chunk", type=int, default=2)
+    parser.add_argument("--num-memory-slots", type=int, default=256)
+    parser.add_argument("--stages", nargs="+", default=["512:240", "1024:100", "2048:70"], metavar="TOKENS:ROWS")
     parser.add_argument("--recall-share", type=float, default=0.5, help="rows that ask for a code")
     parser.add_argument("--no-teacher", action="store_true", help="learn the text itself instead")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--scale-factor", type=float, default=20.0, help="learning rate of fusion.scale over the others'"
+    )
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
     parser.add_argument("--warmup-steps", type=int, default=4)
     parser.add_argument("--logging-steps", type=int, default=4)

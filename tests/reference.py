@@ -107,7 +107,13 @@ class ReferenceModel:
             return self.attend(query, keys, values, [key.new_zeros(len(key))] * len(keys))
 
         segment = position // config.segment_length
-        paths = [attend_from(max(0, (segment - config.num_lookback_segments) * config.segment_length))]
+        first = max(0, (segment - config.num_lookback_segments) * config.segment_length)
+        paths = [attend_from(first)]
+        if config.use_attention_sink and first > 0:
+            sink_key, sink_value = (self.weights[f"{name}.sink.{part}"] for part in ("key", "value"))
+            keys = [self.rotate(sink_key, first - 1), *state.rotated_keys[first:]]
+            values = [sink_value, *state.values[first:]]
+            paths = [self.attend(query, keys, values, [key.new_zeros(len(key))] * len(keys))]
         if config.use_local_attention:
             paths.append(attend_from(position // config.chunk_length * config.chunk_length))
         if config.num_memory_slots:

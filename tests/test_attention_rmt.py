@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rmt_hf import RMTCache, RMTConfig, memory_rmt
-from rmt_hf.attention_rmt import RMTRotaryEmbedding, rotate
+from rmt_hf.attention_rmt import RMTRotaryEmbedding
+from rmt_hf.paths_rmt import rotate
 from tiny import read, tiny_ids, tiny_model
 
 
@@ -140,6 +141,7 @@ FORMS = {
     "mean": {"memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
     "one head": {"num_key_value_heads": 1, "num_memory_slots": 2, "use_local_attention": False},
     "all heads": {"num_key_value_heads": 4, "num_memory_slots": 0},
+    "sink": {"use_attention_sink": True, "num_memory_slots": 2},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 

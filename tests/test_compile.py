@@ -61,15 +61,20 @@ def test_the_default_compiler_gives_the_same():
         torch.testing.assert_close(logits, model(column, past_key_values=expected).logits, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("lookback", [0, 1, 2])
-def test_the_fixed_view_shows_what_the_planned_one_shows(lookback):
+def test_the_fixed_view_shows_what_the_planned_one_shows(lookback, sink):
     """Columns of the window that each row sees, at every place of the segment, alone and beside another row."""
-    config = tiny_config(num_lookback_segments=lookback)
+    config = tiny_config(num_lookback_segments=lookback, use_attention_sink=sink)
 
-    def seen(step, row: int, kind: str) -> set[int]:
-        (start, end), mask = getattr(step, f"{kind}_span"), getattr(step, f"{kind}_mask")
-        visible = torch.ones(1, end - start) if mask is None else mask[min(row, len(mask) - 1), 0]
-        return {start + column for column in visible[0].nonzero().flatten().tolist()}
+    def seen(layout, row: int, kind: str) -> set:
+        (start, end), mask = getattr(layout.step, f"{kind}_span"), getattr(layout.step, f"{kind}_mask")
+        names: list = list(range(start, end))
+        if kind == "global" and layout.sink_position_ids is not None:
+            ids = layout.sink_position_ids
+            names.insert(0, ("sink", ids[min(row, len(ids) - 1), 0].item()))
+        visible = torch.ones(1, len(names)) if mask is None else mask[min(row, len(mask) - 1), 0]
+        return {names[column] for column in visible[0].nonzero().flatten().tolist()}
 
     for first in range(1, 5 * S):
         for starts in ([first], [first, 2 * S + 3]):
@@ -80,7 +85,7 @@ def test_the_fixed_view_shows_what_the_planned_one_shows(lookback):
             assert columns[0] == columns[1]
             for row in range(len(starts)):
                 for kind in ("global", "local"):
-                    assert seen(fixed.step, row, kind) == seen(planned.step, row, kind)
+                    assert seen(fixed, row, kind) == seen(planned, row, kind)
 
 
 @every_form

@@ -43,6 +43,7 @@ UNUSUAL = {
     "fusion_type": "softmax",
     "use_local_attention": False,
     "use_qk_norm": False,
+    "use_attention_sink": True,
     "use_chunked_loss": True,
 }
 

@@ -85,11 +85,17 @@ def make_source(name: str, dtype: torch.dtype = torch.float64, **fields):
     return model.to(dtype).eval()
 
 
-def visible(length: int, dtype: torch.dtype) -> torch.Tensor:
-    """The additive mask (1, 1, T, T) of the window: the segment of a token and the one before it."""
+def visible(length: int, num_sinks: int) -> torch.Tensor:
+    """The additive mask (1, 1, T, T) of the window: the segment of a token and the one before it; sinks behind them.
+
+    Sink n is seen by itself, and by the segment n + 2, whose window the beginning has left.
+    """
     rows, columns = torch.arange(length)[:, None], torch.arange(length)
-    seen = (columns <= rows) & (columns >= (rows // S - 1) * S)
-    return torch.zeros(1, 1, length, length, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    seen = torch.eye(length + num_sinks, dtype=torch.bool)
+    seen[:length, :length] = (columns <= rows) & (columns >= (rows // S - 1) * S)
+    seen[:length, length:] = rows // S == torch.arange(num_sinks) + 2
+    mask = torch.zeros(1, 1, *seen.shape, dtype=torch.float64)
+    return mask.masked_fill(~seen, torch.finfo(torch.float64).min)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -101,16 +107,23 @@ def test_inside_the_window_it_is_the_source(name, dtype, tolerance) -> None:
     torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("has_sink", [True, False])
 @pytest.mark.parametrize("name", SOURCES)
-def test_beyond_the_window_it_is_the_source_that_sees_the_window(name) -> None:
-    """Logits, loss and gradients of the shared weights; then token by token with a state."""
+def test_beyond_the_window_it_is_the_source_that_sees_the_window(name, has_sink) -> None:
+    """Logits, loss and gradients of the shared weights; then token by token with a state.
+
+    A sink is, to the source, a begin-of-text token that sees itself alone and stands directly before a window.
+    """
     source, ids = make_source(name, sliding_window=100) if name == "mistral" else make_source(name), tiny_ids(2, 45)
-    model, mask = add_memory(source, **FIELDS), visible(45, torch.float64)
-    expected = source(ids, attention_mask=mask).logits
+    model, num_sinks = add_memory(source, use_attention_sink=has_sink, **FIELDS), 4 * has_sink
+    places = torch.cat([torch.arange(45), S * (1 + torch.arange(num_sinks)) - 1])[None]
+    with_sinks = torch.cat([ids, torch.full((2, num_sinks), source.config.bos_token_id)], 1)
+    mask = visible(45, num_sinks)
+    expected = source(with_sinks, attention_mask=mask, position_ids=places).logits[:, :45]
     logits = model(ids).logits
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
     shared = dict(model.named_parameters())
-    for output in (expected, logits):
+    for output in () if has_sink else (expected, logits):  # a sink is a copy: no gradient reaches the source by it
         output.logsumexp(-1).sum().backward()
     for parameter_name, parameter in source.named_parameters():
         torch.testing.assert_close(shared[parameter_name].grad, parameter.grad, rtol=0, atol=1e-9)

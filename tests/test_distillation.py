@@ -2,6 +2,7 @@
 
 import copy
 import random
+import re
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from transformers import default_data_collator
 
 from rmt_hf.conversion import add_memory, freeze_base, memory_parameters
 from rmt_hf.data import IGNORED, tokenize, train_tokenizer
-from rmt_hf.distillation import DistillationTrainer, code_story, divergence, parameter_groups, rows_of
+from rmt_hf.distillation import (
+    TOKENS_PER_FACT,
+    DistillationTrainer,
+    code_stories,
+    divergence,
+    parameter_groups,
+    rows_of,
+)
 from rmt_hf.evaluation import Comparison
 from rmt_hf.facts import read_background
 from rmt_hf.peers import state_bytes
@@ -145,23 +153,29 @@ def test_rows_follow_the_stages_and_hold_what_is_asked(texts):
     assert again["input_ids"] == rows["input_ids"] != rows_of(documents, background, [(400, 10)], seed=4)["input_ids"]
     asked = 0
     for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
-        answer = [label for label in labels if label != IGNORED]
-        if answer:
+        codes = tokenizer.decode([label for label in labels if label != IGNORED]).split()
+        if codes:
             asked += 1
-            code, told = tokenizer.decode(answer).strip(), tokenizer.decode(ids[: len(ids) - len(ids) // 4])
-            town = tokenizer.decode(ids).rpartition("secret code of ")[2].partition("?")[0]
-            assert f"The secret code of {town} is {code}." in told
+            told, _, questions = tokenizer.decode(ids).partition("\nQuestion: ")
+            towns = re.findall(r"secret code of (\w+)\?", questions)
+            assert len(set(towns)) == len(towns) == len(codes) == len(ids) // TOKENS_PER_FACT
+            for town, code in zip(towns, codes, strict=True):
+                assert f"The secret code of {town} is {code}." in told[: -len(ids) // 8]
+                assert f"secret code of {town}?\nAnswer: {code}" in questions
     assert 0 < asked < 10
     (plain,) = rows_of(documents, background, [(400, 1)], recall_share=0.0, label_text=True)["labels"]
     assert IGNORED not in plain
 
 
 def test_a_story_has_one_code_for_each_town():
-    story = code_story(4, random.Random(0))
-    towns = [fact.split()[4] for fact in story.facts]
+    stories = code_stories(4, random.Random(0))
+    towns = [fact.split()[4] for fact in stories[0].facts]
     assert len(set(towns)) == 4
-    (fact,) = (fact for fact in story.facts if story.question.split()[-1].rstrip("?") in fact)
-    assert fact.endswith(f"is {story.answer}.")
+    assert sorted(story.question.split()[-1].rstrip("?") for story in stories) == sorted(towns)
+    for story in stories:
+        assert story.facts == stories[0].facts
+        (fact,) = (fact for fact in story.facts if story.question.split()[-1].rstrip("?") in fact)
+        assert fact.endswith(f"is {story.answer}.")
 
 
 def test_a_sliding_window_is_the_source_until_it_is_full():

@@ -15,6 +15,7 @@ FORMS = [
     {"memory_write": "mean", "num_slots_per_chunk": 2, "use_qk_norm": True},
     {"num_lookback_segments": 0, "fusion_type": "softmax", "memory_write": "mean"},
     {"num_memory_slots": 0},
+    {"use_attention_sink": True},
 ]
 ROUNDED = {"rtol": 0, "atol": 1e-6}  # generate keeps logits in float32
 GREEDY = {"do_sample": False, "eos_token_id": None}

@@ -80,10 +80,12 @@ FUSIONS, WRITES, LOOKBACKS, SLOTS = ("gated", "softmax"), ("select", "mean"), (0
 GROUPS, CUTS = (1, 2, 4), ((5, 1, 1, 8, 1), (13, 2, 20, 3))
 
 
-def grid_case(fusion: str, write: str, lookback: int, num_slots: int, groups: int, qk_norm: bool, bias: bool) -> dict:
+def grid_case(
+    fusion: str, write: str, lookback: int, num_slots: int, groups: int, qk_norm: bool, bias: bool, sink: bool
+) -> dict:
     fields = {"fusion_type": fusion, "memory_write": write, "num_lookback_segments": lookback}
     fields |= {"num_slots_per_chunk": num_slots, "num_key_value_heads": groups}
-    return fields | {"use_qk_norm": qk_norm, "attention_bias": bias}
+    return fields | {"use_qk_norm": qk_norm, "attention_bias": bias, "use_attention_sink": sink}
 
 
 def covering_cases() -> list:
@@ -91,7 +93,7 @@ def covering_cases() -> list:
     draw = random.Random(0)
     cases = []
     for which in itertools.product(FUSIONS, WRITES, LOOKBACKS, SLOTS):
-        fields = grid_case(*which, draw.choice(GROUPS), draw.random() < 0.5, draw.random() < 0.5)
+        fields = grid_case(*which, draw.choice(GROUPS), *(draw.random() < 0.5 for _ in range(3)))
         cases.append(pytest.param(fields, id="-".join(map(str, which))))
     return cases
 
@@ -102,12 +104,13 @@ def test_outputs_state_and_gradients_are_those_of_the_reference(fields):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("which", list(itertools.product(FUSIONS, WRITES, LOOKBACKS, SLOTS)), ids=str)
-def test_the_whole_grid_is_the_reference(which, groups, qk_norm, bias):
-    assert_true(random_model(**grid_case(*which, groups, qk_norm, bias)), ids_of(1, 53), *CUTS)
+def test_the_whole_grid_is_the_reference(which, groups, qk_norm, bias, sink):
+    assert_true(random_model(**grid_case(*which, groups, qk_norm, bias, sink)), ids_of(1, 53), *CUTS)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +121,8 @@ def test_the_whole_grid_is_the_reference(which, groups, qk_norm, bias):
         {"num_memory_slots": 0, "use_local_attention": False},
         {"use_local_attention": False},
         {"use_local_attention": False, "fusion_type": "softmax", "num_lookback_segments": 2},
+        {"num_memory_slots": 0, "use_local_attention": False, "use_attention_sink": True},
+        {"use_attention_sink": True, "segment_length": 3, "num_memory_slots": 2, "num_key_value_heads": 1},
         {"num_memory_slots": 2},  # one block: every segment meets the one before it
         {"num_memory_slots": 6, "num_lookback_segments": 0},
         {"num_slots_per_chunk": 3, "num_memory_slots": 6},  # every token becomes a slot
@@ -258,6 +263,7 @@ def test_every_field_changes_the_output(name, value):
     [
         ("attention_bias", ("q_proj.bias", "k_proj.bias", "v_proj.bias", "o_proj.bias", "memory_q_proj.bias")),
         ("mlp_bias", ("gate_proj.bias", "up_proj.bias", "down_proj.bias")),
+        ("use_attention_sink", ("sink.key", "sink.value")),
         ("use_qk_norm", ("q_norm.weight", "k_norm.weight", "memory_q_norm.weight")),
     ],
 )

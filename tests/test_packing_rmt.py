@@ -19,6 +19,7 @@ FORMS = {
     "mean": {"memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
     "small ring": {"num_memory_slots": 2},
     "no memory": {"num_memory_slots": 0},
+    "sink": {"use_attention_sink": True, "num_memory_slots": 2},
     "no local": {"use_local_attention": False},
 }
 every_form = pytest.mark.parametrize("form", FORMS)

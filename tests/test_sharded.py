@@ -22,7 +22,7 @@ from two_processes import ACCELERATE, run_in_two
 
 
 FORMS: dict[str, dict] = {
-    "default": {"use_qk_norm": True},
+    "default": {"use_qk_norm": True, "use_attention_sink": True},
     "chunked loss": {"use_chunked_loss": True},
     "paper": {"fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
     "mean, tied, biases": {

@@ -22,6 +22,7 @@ SIZE |= {"chunk_length": 2, "segment_length": S}
 # Forms of the model that differ in every field that the state depends on; rings of 3, 1 and 2 writes.
 FORMS = {
     "gated": {"num_memory_slots": 6, "num_key_value_heads": 1},
+    "sink": {"use_attention_sink": True},
     "paper": {"num_memory_slots": 2, "fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
     "mean": {"num_memory_slots": 8, "memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2},
 }

@@ -19,14 +19,18 @@ from .paths_rmt import (
     Paths,
     Projections,
     RMTFusion,
+    RMTSink,
+    Sink,
     attend,
     first_columns,
     fuse,
     local_attention,
     memory_attention,
     pad_columns,
+    rotate,
     windowed_attention,
     windows_of,
+    without_sink,
 )
 from .state_rmt import LayerState, lay_columns
 from .step_rmt import OneToken, attend_one_token
@@ -112,11 +116,6 @@ class RMTRotaryEmbedding(nn.Module):
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary encoding of (B, L, heads, D), in their dtype (autocast mixes them); with `-sin` it is undone."""
-    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin).to(states.dtype)
-
-
 class Turn(NamedTuple):
     """What a turn wants; see `RMTAttention.turn`."""
 
@@ -158,6 +157,7 @@ class RMTAttention(nn.Module):
         for name in norms:
             self.add_module(name, RMTRMSNorm(head_dim, config.rms_norm_eps))
         self.fusion = RMTFusion(config)
+        self.sink = RMTSink(config) if config.use_attention_sink else None
 
     def forward(
         self,
@@ -169,6 +169,7 @@ class RMTAttention(nn.Module):
         output_attentions: bool = False,
         token: OneToken | None = None,
         turn: Turn | None = None,
+        sink_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState | None]:
         """Attends and, if asked, gives the state after the call.
 
@@ -181,17 +182,19 @@ class RMTAttention(nn.Module):
             output_attentions: Whether to return global attention weights (needs the eager implementation).
             token: Given if the call is a plain step of one token, as `is_plain_step` says.
             turn: Given if the call is a step that brings rows to the end of their segment, and is to turn them.
+            sink_embeddings: Cosine and sine for the sink of each segment, if a token sees it.
 
         Returns:
             (B, T, E); weights (B, H, T, T), or (B, H, T, (N + 1) * S) with a state, or None; the new state or None.
         """
         hidden_states = layout.align(hidden_states)
+        sink = None if self.sink is None or sink_embeddings is None else self.sink(*sink_embeddings)
         if token is not None:
             step, before = cast(StepView, layout.step), cast(LayerState, state)
-            fused, state = attend_one_token(self, hidden_states[:, 0], step, before, token)
+            fused, state = attend_one_token(self, hidden_states[:, 0], step, before, token, sink)
             state = state if turn is None else self.turn(state, *turn)
             return layout.restore(self.o_proj(fused)[:, None]), None, state
-        inputs = self._project(hidden_states, layout, keep_state, *position_embeddings[:2])
+        inputs = self._project(hidden_states, layout, keep_state, sink, *position_embeddings[:2])
         shares = self.fusion(hidden_states)
         state = None if state is None else state.to(inputs.key.dtype)
         blocks: tuple = (None, None)
@@ -214,7 +217,13 @@ class RMTAttention(nn.Module):
         return layout.restore(output), weights, state
 
     def _project(
-        self, hidden_states: torch.Tensor, layout: CallLayout, keep_state: bool, cos: torch.Tensor, sin: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        layout: CallLayout,
+        keep_state: bool,
+        sink: Sink | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
     ) -> Projections:
         """Queries, keys and values of the aligned columns; what memory needs only where it is read or kept."""
 
@@ -226,7 +235,8 @@ class RMTAttention(nn.Module):
         memory_query = heads("memory_q") if layout.reads_memory else None
         writes = self.num_memory_slots > 0 and (layout.reads_memory or keep_state)
         scores = self.memory.scores(hidden_states) if writes else query[:, :, 0, :0]
-        return Projections(rotate(query, cos, sin), rotate(key, cos, sin), key, value, memory_query, scores)
+        rotated_key = rotate(key, cos, sin)
+        return Projections(rotate(query, cos, sin), rotated_key, key, value, memory_query, scores, sink)
 
     def _attend_fresh(
         self, inputs: Projections, layout: CallLayout, keep_state: bool
@@ -270,7 +280,8 @@ class RMTAttention(nn.Module):
             windows_of(pad_columns(states, segment), self.config).split([1, num_later], 1) for states in (key, value)
         )
         output, weights = attend(self, query, key[:, 0], value[:, 0])
-        later, later_weights = windowed_attention(self, pad_columns(later_query, segment), later_key, later_value, None)
+        later_query = pad_columns(later_query, segment)
+        later, later_weights = windowed_attention(self, later_query, later_key, later_value, None, inputs.sink)
         return first_columns(torch.cat([output, later], 1), length), (weights, later_weights)
 
     def _attend_segments(
@@ -290,7 +301,9 @@ class RMTAttention(nn.Module):
         keys, values = join(state.keys.transpose(1, 2), inputs.key), join(state.values.transpose(1, 2), inputs.value)
         scores = join(state.scores, inputs.scores)
         seen_keys, seen_values = (windows_of(states[:, segment:], self.config) for states in (keys, values))
-        outputs, weights = windowed_attention(self, inputs.query, seen_keys, seen_values, layout.window_mask)
+        outputs, weights = windowed_attention(
+            self, inputs.query, seen_keys, seen_values, layout.window_mask, inputs.sink
+        )
         from_local = from_memory = None
         if self.use_local_attention:
             from_local = local_attention(self, inputs.query, keys[:, kept:], values[:, kept:])
@@ -339,7 +352,12 @@ class RMTAttention(nn.Module):
         """No row leaves its segment: the window, new tokens included, is looked at as it lies in the state."""
         keys, values = state.keys.transpose(1, 2), state.values.transpose(1, 2)
         seen = slice(*step.global_span)
-        outputs, weights = attend(self, inputs.query, keys[:, seen], values[:, seen], step.global_mask)
+        seen_keys, seen_values = keys[:, seen], values[:, seen]
+        if inputs.sink is not None:
+            windows = inputs.sink.before(seen_keys[:, None], seen_values[:, None])
+            seen_keys, seen_values = (states[:, 0] for states in windows)
+        outputs, weights = attend(self, inputs.query, seen_keys, seen_values, step.global_mask)
+        weights = without_sink(weights, inputs.sink)
         from_local = from_memory = None
         if self.use_local_attention:
             seen = slice(*step.local_span)
@@ -349,12 +367,12 @@ class RMTAttention(nn.Module):
         return Paths(outputs, from_local, from_memory), (weights, None)
 
     def zero_with_gradient(self) -> torch.Tensor:
-        """Zero, in whose graph all of memory and fusion is.
+        """Zero, in whose graph all of memory, fusion and sink is.
 
         Processes that share out the weights (FSDP) must have a gradient for the same parameters, and a call that reads
         no memory gives these none.
         """
-        names = ("memory", "memory_q_proj", "memory_q_norm", "fusion")
+        names = ("memory", "memory_q_proj", "memory_q_norm", "fusion", "sink")
         modules = [module for name, module in self.named_children() if name in names]
         learned = [p for module in modules for p in module.parameters() if p.requires_grad]
         return sum((p.sum() * 0 for p in learned), torch.zeros((), device=self.q_proj.weight.device))

@@ -58,6 +58,8 @@ class RMTConfig(PreTrainedConfig):
         memory_write (`str`, defaults to `"select"`): How a chunk becomes slots; `"select"` or `"mean"`.
         fusion_type (`str`, defaults to `"gated"`): How the attention paths are added up; `"gated"` or `"softmax"`.
         use_local_attention (`bool`, defaults to `True`): Whether the chunked local path exists.
+        use_attention_sink (`bool`, defaults to `False`): Whether each key/value head has a key and value that stand
+            before every window that the beginning of its stream has left, as a converted model wants it.
         use_qk_norm (`bool`, defaults to `True`): Whether queries and keys are normalised per head before the rotary
             encoding, as Qwen3 does.
         use_chunked_loss (`bool`, defaults to `False`): Whether the loss of the language model comes from pieces of the
@@ -100,6 +102,7 @@ class RMTConfig(PreTrainedConfig):
     memory_write: str = "select"
     fusion_type: str = "gated"
     use_local_attention: bool = True
+    use_attention_sink: bool = False
     use_qk_norm: bool = True
     use_chunked_loss: bool = False
 
@@ -155,6 +158,8 @@ class RMTConfig(PreTrainedConfig):
             names |= {"self_attn.memory.score_proj": "colwise"} if self.memory_write != "mean" else {}
             norms += ["memory_q_norm"] if self.use_qk_norm else []
         names |= {f"self_attn.{name}": "replicated_with_grad_allreduce" for name in norms}
+        if self.use_attention_sink:
+            names |= {f"self_attn.sink.{name}": "colwise" for name in ("key", "value")}
         has_extra_paths = self.num_memory_slots > 0 or self.use_local_attention
         if has_extra_paths and self.fusion_type == "softmax":
             names |= {"self_attn.fusion": "replicated_with_grad_allreduce"}

@@ -53,8 +53,9 @@ COPIES = {
     LAYER + "self_attn.memory_q_proj.bias": LAYER + "self_attn.q_proj.bias",
     LAYER + "self_attn.memory_q_norm.weight": LAYER + "self_attn.q_norm.weight",
 }
+SINK = (LAYER + "self_attn.sink.key", LAYER + "self_attn.sink.value")
 ZEROS = (LAYER + "self_attn.fusion.scale", OUTPUT_BIAS)
-NEW = (*COPIES, *ZEROS, LAYER + "self_attn.fusion.gate.*", LAYER + "self_attn.memory.*")
+NEW = (*COPIES, *ZEROS, *SINK, LAYER + "self_attn.fusion.gate.*", LAYER + "self_attn.memory.*")
 # Fields of a configuration that mean the same in both.
 SHARED_FIELDS = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps", "mlp_bias"),
@@ -103,7 +104,7 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
     rope = dict(known["rope_parameters"])
     if rope.pop("partial_rotary_factor", 1) != 1:
         raise ValueError("rope_parameters: partial_rotary_factor must be 1; ours rotates whole heads.")
-    config = RMTConfig(**{**known, "rope_parameters": rope, **fields})
+    config = RMTConfig(**{**known, "rope_parameters": rope, "use_attention_sink": True, **fields})
     config.converted_from = source.to_dict()
     _check_window(source, config)
     return config
@@ -153,9 +154,22 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
                     parameter.copy_(own[original.replace("*", layer)])
             if name not in tensors and matches_any(ZEROS, name):
                 parameter.zero_()
+    if config.use_attention_sink:
+        _copy_sink(source, model)
     if source.generation_config is not None:
         model.generation_config = source.generation_config
     return model
+
+
+@torch.no_grad()
+def _copy_sink(source: PreTrainedModel, model: RMTForCausalLM) -> None:
+    """Takes for the sink what the source makes of a lone begin-of-text token, whose rotary encoding is none."""
+    first = model.config.bos_token_id or 0
+    ids = torch.tensor([[first]], device=source.device)
+    layers = source.base_model(input_ids=ids, use_cache=True).past_key_values.layers
+    for layer, attention in zip(layers, (layer.self_attn for layer in model.model.layers), strict=True):
+        attention.sink.key.copy_(layer.keys[0, :, 0])
+        attention.sink.value.copy_(layer.values[0, :, 0])
 
 
 def remove_memory(model: RMTForCausalLM) -> PreTrainedModel:

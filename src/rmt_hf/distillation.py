@@ -8,6 +8,7 @@ Shapes: B rows, T tokens of a row, V vocabulary.
 
 import random
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ TOWNS = (
     *("Athens", "Berlin", "Boston", "Cairo", "Chicago", "Dublin", "London", "Madrid", "Milan", "Moscow", "Oslo"),
     *("Paris", "Prague", "Rome", "Tokyo", "Vienna"),
 )
+TOKENS_PER_FACT = 128
 PIECE = 512  # tokens whose probabilities over the vocabulary are compared at a time
 
 
@@ -115,18 +117,46 @@ def parameter_groups(model: nn.Module, learning_rate: float, scale_factor: float
     ]
 
 
-def code_story(num_facts: int, rng: random.Random) -> Story:
-    """Codes of towns, and the question for one of them.
+def code_stories(num_facts: int, rng: random.Random) -> list[Story]:
+    """Codes of towns, and a question for each of them, in any order.
 
     Args:
         num_facts: 1 to 16.
         rng: Source of all randomness.
+
+    Returns:
+        As many stories, all with the same facts.
     """
-    towns = rng.sample(TOWNS, num_facts)
-    codes = [str(rng.randrange(1000, 10000)) for _ in towns]
-    asked = rng.randrange(num_facts)
-    facts = [f"The secret code of {town} is {code}." for town, code in zip(towns, codes, strict=True)]
-    return Story(facts, f"What is the secret code of {towns[asked]}?", codes[asked])
+    codes = {town: str(rng.randrange(1000, 10000)) for town in rng.sample(TOWNS, num_facts)}
+    facts = [f"The secret code of {town} is {code}." for town, code in codes.items()]
+    asked = rng.sample(list(codes), num_facts)
+    return [Story(facts, f"What is the secret code of {town}?", codes[town]) for town in asked]
+
+
+def ask_all(stories: Sequence[Story], background: Background, length: int, rng: random.Random) -> dict[str, list[int]]:
+    """A row whose facts, told far from its end, are asked for one after the other at its end.
+
+    Args:
+        stories: All with the same facts.
+        background: What they are told in.
+        length: T.
+        rng: Source of all randomness.
+
+    Returns:
+        `input_ids` and `labels`, (T,) each; the labels are the tokens of the answers.
+    """
+    encode = partial(background.tokenizer.encode, add_special_tokens=False)
+    pieces = []
+    for story in stories[1:]:
+        question, answer = encode(f"\nQuestion: {story.question}\nAnswer:"), encode(f" {story.answer}")
+        pieces += [(question, [IGNORED] * len(question)), (answer, answer)]
+    left = length - sum(len(ids) for ids, _ in pieces)
+    # A quarter of a row between facts and questions at least, so that most are out of the window.
+    row = spread(stories[0], background, left, length // 4, rng)
+    input_ids, labels = row.input_ids[0].tolist(), row.labels[0].tolist()
+    for ids, wanted in pieces:
+        input_ids, labels = input_ids + ids, labels + wanted
+    return {"input_ids": input_ids, "labels": labels}
 
 
 def rows_of(
@@ -134,7 +164,6 @@ def rows_of(
     background: Background,
     stages: Sequence[tuple[int, int]],
     recall_share: float = 0.5,
-    num_facts: int = 4,
     label_text: bool = False,
     seed: int = 0,
 ) -> Dataset:
@@ -144,8 +173,7 @@ def rows_of(
         texts: Documents with `input_ids`; a row of text is a random piece of one of them.
         background: The same texts, cut into sentences: what the facts are told in.
         stages: (tokens of a row, number of rows).
-        recall_share: Share of rows with facts in them, which are asked for at the end.
-        num_facts: Facts in such a row.
+        recall_share: Share of rows with facts in them, one for every `TOKENS_PER_FACT`, which are asked for at the end.
         label_text: Whether rows of text have labels, for training without a teacher.
         seed: Of everything that is drawn.
 
@@ -165,10 +193,8 @@ def rows_of(
             documents = [ids for ids in texts["input_ids"] if len(ids) >= length]
             for _ in range(count):
                 if rng.random() < recall_share:
-                    story = code_story(num_facts, rng)
-                    # A quarter of a row between facts and question at least, so that most are out of the window.
-                    row = spread(story, background, length, length // 4, rng)
-                    yield {"input_ids": row.input_ids[0].tolist(), "labels": row.labels[0].tolist()}
+                    stories = code_stories(max(1, min(len(TOWNS), length // TOKENS_PER_FACT)), rng)
+                    yield ask_all(stories, background, length, rng)
                     continue
                 ids = rng.choice(documents)
                 start = rng.randrange(len(ids) - length + 1)

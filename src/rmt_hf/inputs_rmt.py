@@ -94,6 +94,13 @@ def clear_padding(inputs_embeds: torch.Tensor, is_real: torch.Tensor | None, che
     return inputs_embeds
 
 
+def check_embeds(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
+    """Refuses embeddings that are not (B, T, `hidden_size`)."""
+    check_axes("inputs_embeds", inputs_embeds, ("batch", "columns", "hidden_size"))
+    if inputs_embeds.shape[2] != hidden_size:
+        raise ValueError(f"inputs_embeds must be hidden_size ({hidden_size}) wide, got {inputs_embeds.shape[2]}.")
+
+
 def check_labels(labels: torch.Tensor | None, inputs: torch.Tensor | None) -> None:
     """Refuses labels of another shape before the call changes the state, and not after it."""
     if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:

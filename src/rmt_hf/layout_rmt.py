@@ -30,7 +30,8 @@ class StepView:
     Args:
         columns: Window columns of the new tokens, (L,) if all rows stand at the same place, else (B, L); int64.
         global_span: First and last + 1 window column that global attention looks at.
-        global_mask: (B, 1, L, columns of the span) bool, or None for plain causal attention that ends with the span.
+        global_mask: (B, 1, L, columns of the span) bool, one more column in front if a token of the call sees the sink;
+            None for plain causal attention that ends with the span.
         local_span: The same for local attention.
         local_mask: The same for local attention.
     """
@@ -68,13 +69,16 @@ class CallLayout:
         is_real: Which columns of the call are no padding, (B, T) bool, or None if all are.
         write_position_ids: Stream positions of the segments that this call may write from the state, (B, W * S), or
             None; negative for segments before the stream began.
-        window_mask: Form segments only: (B * F, 1, S, (N + 1) * S) bool, or None if every window is whole.
+        window_mask: Form segments only: (B * F, 1, S, (N + 1) * S) bool, one more column in front if a token sees the
+            sink; None if all of them see everything.
         step: Form step only: where it looks.
         rotations: Steps of one token that were planned ahead only: rotary encoding of a query and of a key, see
             `rotation_matrices` of step_rmt.
         origins: Aligned segment in which the document of each aligned segment began, negative before the call, (B, F)
             int64; None if no document begins inside the call.
         remembered: Which columns of the call are of the last document of their row, (B, T) bool; None if all are.
+        sink_position_ids: Stream position directly before the window of each segment, (B or 1, F) int64: form fresh
+            only those whose window the beginning has left, form step that of the step. None if no token sees a sink.
     """
 
     form: str
@@ -93,6 +97,7 @@ class CallLayout:
     rotations: tuple[torch.Tensor, torch.Tensor] | None = None
     origins: torch.Tensor | None = None
     remembered: torch.Tensor | None = None
+    sink_position_ids: torch.Tensor | None = None
 
     def align(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, T, ...) in call columns to (B, L, ...) in aligned columns."""
@@ -181,18 +186,23 @@ def plan_call(
         order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # real columns first, in their order
         take = order.gather(1, (torch.arange(length, device=device) - shifts).clamp(0, num_columns - 1))
         put = (mask.cumsum(1) - 1 + shifts).clamp(0, length - 1)
+    reaches_beyond = max(*ends, 1) - 1 >= config.window_length  # a window does not hold its stream's beginning
+    sees_sink = config.use_attention_sink and reaches_beyond
     extras: dict = {}
     if form == STEP:
-        extras["step"] = _view_step(config, starts, counts, length, device)
+        extras["step"] = _view_step(config, starts, counts, length, sees_sink, device)
     elif form == SEGMENTS:
-        extras["window_mask"] = _mask_windows(config, bases, length, device)
+        extras["window_mask"] = _mask_windows(config, bases, length, sees_sink, device)
+    if sees_sink:
+        firsts = position_ids[:, config.window_length if form == FRESH else 0 :: segment]
+        extras["sink_position_ids"] = sink_positions(config, firsts)
     turns = any(end // segment > start // segment for start, end in zip(starts, ends, strict=True))
     if form != FRESH and turns:
         first = position_ids[:, :1] // segment * segment - config.num_lookback_segments * segment
         extras["write_position_ids"] = first + torch.arange(
             max(length, segment) if form == SEGMENTS else segment, device=device
         )
-    reads = config.num_memory_slots > 0 and max(*ends, 1) - 1 >= config.window_length
+    reads = config.num_memory_slots > 0 and reaches_beyond
     clock = (tuple(starts), tuple(ends), position_ids)
     return CallLayout(form, length, num_columns, *clock, reads, take, put, is_real, **extras)
 
@@ -232,13 +242,26 @@ def plan_steps(config: RMTConfig, starts: list[int], device: torch.device) -> li
     return layouts
 
 
+def sink_positions(config: RMTConfig, positions: torch.Tensor) -> torch.Tensor:
+    """Stream positions directly before the windows of tokens at `positions`, which change with the segment."""
+    segment = config.segment_length
+    return positions // segment * segment - config.num_lookback_segments * segment - 1
+
+
+def add_sink_column(mask: torch.Tensor, sees_sink: torch.Tensor) -> torch.Tensor:
+    """(windows, 1, queries, 1 + columns) bool of a mask without the first column, and who sees the sink, (windows,)."""
+    return torch.cat([sees_sink[:, None, None, None].expand(-1, 1, mask.shape[2], 1), mask], -1)
+
+
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
     """(1, 1, queries, keys) bool: the last query sees all keys, each earlier one sees one key less."""
     keys = torch.arange(num_keys, device=device)
     return (keys <= torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries)[None, None]
 
 
-def _view_step(config: RMTConfig, starts: list[int], counts: list[int], length: int, device: torch.device) -> StepView:
+def _view_step(
+    config: RMTConfig, starts: list[int], counts: list[int], length: int, sees_sink: bool, device: torch.device
+) -> StepView:
     """Spans and masks of a step, for rows at any places of their segments."""
     segment, chunk, lookback = config.segment_length, config.chunk_length, config.num_lookback_segments
     current = (lookback + 1) * segment  # window column where the current segment starts
@@ -253,6 +276,9 @@ def _view_step(config: RMTConfig, starts: list[int], counts: list[int], length: 
     if not is_uniform:
         keys = torch.arange(*global_span, device=device)
         global_mask = (keys <= queries) & (keys >= torch.tensor(firsts, device=device)[:, None, None, None])
+        if sees_sink:
+            beyond = [start // segment > lookback for start in starts]
+            global_mask = add_sink_column(global_mask, torch.tensor(beyond, device=device))
     if not is_uniform or offsets[0] // chunk != (offsets[0] + length - 1) // chunk:
         keys = torch.arange(*local_span, device=device)
         local_mask = (keys <= queries) & (keys >= queries // chunk * chunk)
@@ -274,21 +300,31 @@ def fixed_step(config: RMTConfig, position_ids: torch.Tensor) -> CallLayout:
     queries, keys = columns[:, None, :, None], torch.arange(segment, end, device=position_ids.device)
     firsts = current - (position_ids // segment).clamp_max(lookback)[:, None, :, None] * segment
     local_keys = keys[-segment:]
+    global_mask, sink_position_ids = (keys <= queries) & (keys >= firsts), None
+    if config.use_attention_sink:
+        global_mask = add_sink_column(global_mask, position_ids[:, 0] >= config.window_length)
+        sink_position_ids = sink_positions(config, position_ids)
     step = StepView(
         columns if len(columns) > 1 else columns[0],
         (segment, end),
-        (keys <= queries) & (keys >= firsts),
+        global_mask,
         (current, end),
         (local_keys <= queries) & (local_keys >= queries // chunk * chunk),
     )
-    return CallLayout(STEP, 1, 1, (), (), position_ids, config.num_memory_slots > 0, None, None, None, step=step)
+    reads = config.num_memory_slots > 0
+    return CallLayout(
+        *(STEP, 1, 1, (), (), position_ids, reads, None, None, None), step=step, sink_position_ids=sink_position_ids
+    )
 
 
-def _mask_windows(config: RMTConfig, bases: list[int], length: int, device: torch.device) -> torch.Tensor | None:
-    """Hides what lies before the beginning of a stream from the windows of its first segments."""
+def _mask_windows(
+    config: RMTConfig, bases: list[int], length: int, sees_sink: bool, device: torch.device
+) -> torch.Tensor | None:
+    """Hides what lies before the beginning of a stream, and the sink as long as that is seen, from first segments."""
     segment, lookback = config.segment_length, config.num_lookback_segments
-    if min(bases) >= lookback * segment:
+    if min(bases) >= (lookback + sees_sink) * segment:
         return None
     firsts = torch.tensor(bases, device=device)[:, None] + torch.arange(0, length, segment, device=device)  # (B, F)
     keys = firsts.flatten()[:, None] + torch.arange(-lookback * segment, segment, device=device)  # (B * F, (N + 1) * S)
-    return causal_mask(segment, config.window_length, device) & (keys >= 0)[:, None, None]
+    mask = causal_mask(segment, config.window_length, device) & (keys >= 0)[:, None, None]
+    return add_sink_column(mask, firsts.flatten() >= config.window_length) if sees_sink else mask

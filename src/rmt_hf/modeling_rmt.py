@@ -35,6 +35,7 @@ from .generation_rmt import RMTGeneration
 from .inputs_rmt import (
     check_axes,
     check_cache_type,
+    check_embeds,
     check_ids,
     check_labels,
     check_processes,
@@ -47,7 +48,7 @@ from .layout_rmt import SEGMENTS, STEP, CallLayout, fixed_step, plan_call
 from .loss_rmt import check_chunked_loss, chunked_loss
 from .memory_rmt import RMTMemory
 from .packing_rmt import find_restarts, plan_packed_call
-from .paths_rmt import RMTFusion, RMTFusionGate
+from .paths_rmt import RMTFusion, RMTFusionGate, RMTSink
 from .state_rmt import LayerState
 from .step_rmt import OneToken, is_plain_step, one_token, planned_step
 
@@ -63,9 +64,7 @@ class RMTMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        flat = hidden_states.flatten(
-            0, 1
-        )  # with one more axis, the products of a decoding step take three times as long
+        flat = hidden_states.flatten(0, 1)  # one more axis: products of a decoding step take three times as long
         return self.down_proj(self.act_fn(self.gate_proj(flat)) * self.up_proj(flat)).view_as(hidden_states)
 
 
@@ -121,12 +120,16 @@ class RMTPreTrainedModel(PreTrainedModel):
         | fusion.gate.bias | FUSION_GATE_BIAS, by path |
         | fusion.scale | 1 |
         | fusion.logits | 0: equal shares |
+        | sink.key, sink.value | normal, `initializer_range`; 0 |
         """
         super()._init_weights(module)
         if isinstance(module, RMTMemory):
             init.normal_(module.null_key, std=self.config.initializer_range)
             init.zeros_(module.gate_weight)
             init.constant_(module.gate_bias, MEMORY_GATE_BIAS)
+        elif isinstance(module, RMTSink):
+            init.normal_(module.key, std=self.config.initializer_range)
+            init.zeros_(module.value)
         elif isinstance(module, RMTFusion):
             if hasattr(module, "scale"):
                 init.ones_(module.scale)
@@ -300,6 +303,8 @@ class RMTModel(RMTPreTrainedModel):
             position_embeddings = self.rotary_emb(layout.position_ids, hidden_states.dtype)
         if layout.form == SEGMENTS and layout.write_position_ids is not None:
             position_embeddings += self.rotary_emb(layout.write_position_ids, hidden_states.dtype)
+        sink_ids = layout.sink_position_ids
+        sink_embeddings = None if sink_ids is None else self.rotary_emb(sink_ids, hidden_states.dtype)
         states = []
         for index, (layer, token) in enumerate(zip(self.layers, tokens, strict=True)):
             hidden_states, state = layer(
@@ -311,6 +316,7 @@ class RMTModel(RMTPreTrainedModel):
                 output_attentions=output_attentions,
                 token=token,
                 turn=turn,
+                sink_embeddings=sink_embeddings,
             )
             states.append(state)
         return self.norm(hidden_states), states, turn is not None
@@ -342,11 +348,7 @@ class RMTModel(RMTPreTrainedModel):
             got = "neither" if input_ids is None else "both"
             raise ValueError(f"Exactly one of input_ids and inputs_embeds is wanted, got {got}: give one of them.")
         if inputs_embeds is not None:
-            check_axes("inputs_embeds", inputs_embeds, ("batch", "columns", "hidden_size"))
-            if inputs_embeds.shape[2] != self.config.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds must be hidden_size ({self.config.hidden_size}) wide, got {inputs_embeds.shape[2]}."
-                )
+            check_embeds(inputs_embeds, self.config.hidden_size)
             return inputs_embeds
         ids = cast(torch.Tensor, input_ids)
         check_axes("input_ids", ids, ("batch", "columns"))

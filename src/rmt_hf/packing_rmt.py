@@ -9,7 +9,7 @@ Shapes: B rows, T columns of the call, L aligned columns, F segments of the call
 import torch
 
 from .configuration_rmt import RMTConfig
-from .layout_rmt import SEGMENTS, CallLayout, causal_mask
+from .layout_rmt import SEGMENTS, CallLayout, add_sink_column, causal_mask, sink_positions
 
 
 def find_restarts(
@@ -101,13 +101,14 @@ def plan_packed_call(
     counts = (real & remembered).sum(1).tolist()
     ends = [count + (start if end < 0 else 0) for count, start, end in zip(counts, starts, last[:, -1], strict=True)]
     segments = torch.arange(length // segment, device=device)
+    position_ids = _positions(segments, origins, segment)
     return CallLayout(
         form=SEGMENTS,
         length=length,
         num_columns=len(columns),
         starts=tuple(starts),
         ends=tuple(ends),
-        position_ids=_positions(segments, origins, segment),
+        position_ids=position_ids,
         reads_memory=config.num_memory_slots > 0,
         take=take,
         put=places,
@@ -116,6 +117,7 @@ def plan_packed_call(
         window_mask=_mask_documents(segments, origins, config),
         origins=origins,
         remembered=remembered,
+        sink_position_ids=sink_positions(config, position_ids[:, ::segment]) if config.use_attention_sink else None,
     )
 
 
@@ -130,4 +132,6 @@ def _mask_documents(segments: torch.Tensor, origins: torch.Tensor, config: RMTCo
     back = torch.arange(-config.num_lookback_segments, 1, device=origins.device)
     seen = (segments[:, None] + back >= origins[..., None]).flatten(0, 1)  # (B * F, N + 1)
     causal = causal_mask(config.segment_length, config.window_length, origins.device)
-    return causal & seen.repeat_interleave(config.segment_length, 1)[:, None, None]
+    mask = causal & seen.repeat_interleave(config.segment_length, 1)[:, None, None]
+    beyond = (segments - origins > config.num_lookback_segments).flatten()
+    return add_sink_column(mask, beyond) if config.use_attention_sink else mask

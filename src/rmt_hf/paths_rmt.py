@@ -20,8 +20,27 @@ from .memory_rmt import Slots, at_least_float32, own_heads
 PLAIN = (None, "eager", "sdpa")  # implementations that are the same mathematics
 
 
+class Sink(NamedTuple):
+    """What stands before the window of each segment that the beginning of its stream has left.
+
+    Args:
+        keys: (B or 1, F, 1, G, D), with rotary encoding.
+        values: (1, G, D).
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def before(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of windows, (B, F, columns, G, D), with the sink as column 0."""
+        shape = (*keys.shape[:2], 1, *keys.shape[3:])
+        sinks = (states.to(keys.dtype).expand(shape) for states in self)
+        first, second = (torch.cat([sink, states], 2) for sink, states in zip(sinks, (keys, values), strict=True))
+        return first, second
+
+
 class Projections(NamedTuple):
-    """What attention makes of the aligned hidden states: (B, L, heads, D) each, scores (B, L, ...)."""
+    """What attention makes of the aligned hidden states: (B, L, heads, D) each, scores (B, L, ...); and the sink."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -29,6 +48,7 @@ class Projections(NamedTuple):
     value: torch.Tensor
     memory_query: torch.Tensor | None
     scores: torch.Tensor
+    sink: Sink | None
 
 
 class Paths(NamedTuple):
@@ -45,6 +65,30 @@ class Shares(NamedTuple):
     of_global: torch.Tensor | None
     of_local: torch.Tensor | None
     of_memory: torch.Tensor | None
+
+
+class RMTSink(nn.Module):
+    """A key and a value that every token sees directly before its window, once the stream's beginning has left it.
+
+    Heads of a pretrained model rest on the first token when there is nothing to find, and lose their way without it.
+
+    Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". Departs from it: the sink is
+    learned, or of the begin-of-text token in a converted model, so that it is no part of the state.
+    """
+
+    def __init__(self, config: RMTConfig) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.empty(config.key_value_shape))  # (G, D), without rotary encoding
+        self.value = nn.Parameter(torch.empty(config.key_value_shape))
+
+    def forward(self, cos: torch.Tensor, sin: torch.Tensor) -> Sink:
+        """The sink as the windows of F segments want it, which tables (B or 1, F, 1, D) say."""
+        return Sink(rotate(own_heads(self.key), cos, sin)[:, :, None], own_heads(self.value)[None])
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary encoding of (B, L, heads, D), in their dtype (autocast mixes them); with `-sin` it is undone."""
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin).to(states.dtype)
 
 
 class RMTFusionGate(nn.Linear):
@@ -190,21 +234,35 @@ def windows_of(states: torch.Tensor, config: RMTConfig) -> torch.Tensor:
 
 
 def windowed_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sink: Sink | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Global attention of whole segments to their windows, all segments at once.
 
     Args:
         query: (B, F * S, H, D).
         key, value: (B, F, (N + 1) * S, G, D), as `windows_of` gives them.
-        mask: (B * F, 1, S, (N + 1) * S) bool, or None if all windows are whole.
+        mask: (B * F, 1, S, (N + 1) * S) bool, one more column if there is a sink; None if all is seen.
+        sink: What stands before each window.
 
     Returns:
-        (B, F * S, H, D), and the weights (B * F, H, S, (N + 1) * S) if the implementation gives them.
+        (B, F * S, H, D), and the weights (B * F, H, S, (N + 1) * S), without the sink, if the implementation gives
+        them.
     """
+    if sink is not None:
+        key, value = sink.before(key, value)
     segments = query.reshape(-1, module.config.segment_length, *query.shape[2:])
     output, weights = attend(module, segments, key.flatten(0, 1), value.flatten(0, 1), mask)
-    return output.reshape(query.shape), weights
+    return output.reshape(query.shape), without_sink(weights, sink)
+
+
+def without_sink(weights: torch.Tensor | None, sink: Sink | None) -> torch.Tensor | None:
+    """Attention weights (..., columns) of the tokens alone."""
+    return weights if weights is None or sink is None else weights[..., 1:]
 
 
 def memory_attention(module: Any, query: torch.Tensor, memory: Slots) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from . import RMTForCausalLM
 from .controls import empty_memories, pass_on_memories, stream_bits
-from .distillation import code_story
+from .distillation import code_stories
 from .evaluation import Comparison, token_bits
 from .facts import Background, spread
 from .peers import read, state_bytes
@@ -104,7 +104,7 @@ def recall_rows(background: Background, num_windows: int, window: int, count: in
     """
     rng = random.Random(f"{seed} {num_windows}")
     span = ((num_windows - 1) * window, num_windows * window)
-    return [spread(code_story(4, rng), background, span[1] + 64, span, rng) for _ in range(count)]
+    return [spread(code_stories(4, rng)[0], background, span[1] + 64, span, rng) for _ in range(count)]
 
 
 @torch.no_grad()

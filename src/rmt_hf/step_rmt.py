@@ -15,7 +15,7 @@ import torch
 
 from .layout_rmt import STEP, CallLayout, StepView, plan_steps
 from .memory_rmt import ReadableMemory, at_least_float32, inverse_rms
-from .paths_rmt import PLAIN, masked_softmax
+from .paths_rmt import PLAIN, Sink, masked_softmax
 from .state_rmt import LayerState, lay_columns, owned
 
 
@@ -91,7 +91,7 @@ def one_token(model: Any, layout: CallLayout, cache: Any, dtype: torch.dtype) ->
 
 
 def attend_one_token(
-    module: Any, hidden_states: torch.Tensor, step: StepView, state: LayerState, token: OneToken
+    module: Any, hidden_states: torch.Tensor, step: StepView, state: LayerState, token: OneToken, sink: Sink | None
 ) -> tuple[torch.Tensor, LayerState]:
     """All paths of one token per row, fused: what `attend` and `fuse` give; and the state with the token laid into it.
 
@@ -116,14 +116,21 @@ def attend_one_token(
     start, end = step.global_span
     keys, values = state.keys[:, :, start:end].flatten(0, 1), state.values[:, :, start:end].flatten(0, 1)
     scores = torch.bmm(query.view(cells), keys.transpose(1, 2))
+    num_before = 0
+    if sink is not None:
+        shape, num_before = (len(hidden_states), 1, 1, num_heads, module.head_dim), 1
+        sinks = [states.to(keys.dtype).expand(shape).reshape(-1, 1, module.head_dim) for states in sink]
+        scores = torch.cat([torch.bmm(query.view(cells), sinks[0].transpose(1, 2)), scores], -1)
     weights = masked_softmax(scores, step.global_mask, num_heads)
     if share_global is not None:
         weights = weights * share_global
     if share_local is not None:
-        first = step.local_span[0] - start
+        first = step.local_span[0] - start + num_before
         near = masked_softmax(scores[..., first:], step.local_mask, num_heads)
         weights[..., first:].addcmul_(near, share_local)
-    output = torch.bmm(weights, values)
+    output = torch.bmm(weights[..., num_before:], values)
+    if sink is not None:
+        output = torch.addcmul(output, weights[..., :1], sinks[1])
     if share_memory is not None and token.memory is not None:
         recalled = module.memory.recall(asked[0].view(cells), token.memory, module.scaling)
         output = torch.addcmul(output, share_memory, recalled)

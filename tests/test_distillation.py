@@ -19,20 +19,7 @@ from rmt_hf.distillation import (
     parameter_groups,
     rows_of,
 )
-from rmt_hf.evaluation import Comparison
 from rmt_hf.facts import read_background
-from rmt_hf.peers import state_bytes
-from rmt_hf.retrofit_evidence import (
-    contenders,
-    gap_recovered,
-    greedy_agreement,
-    recall,
-    recall_figures,
-    recall_rows,
-    sliding_window,
-    text_comparison,
-    window_of_equal_state,
-)
 from rmt_hf.training import RMTTrainingArguments
 from test_conversion import FIELDS, WINDOW, make_source
 from tiny import tiny_ids
@@ -176,81 +163,6 @@ def test_a_story_has_one_code_for_each_town():
         assert story.facts == stories[0].facts
         (fact,) = (fact for fact in story.facts if story.question.split()[-1].rstrip("?") in fact)
         assert fact.endswith(f"is {story.answer}.")
-
-
-def test_a_sliding_window_is_the_source_until_it_is_full():
-    source, ids = make_source("llama", torch.float32), tiny_ids(2, 2 * WINDOW)
-    window = sliding_window(source, WINDOW)
-    with torch.no_grad():
-        ours, theirs = window(ids).logits, source(ids).logits
-    torch.testing.assert_close(ours[:, :WINDOW], theirs[:, :WINDOW], rtol=0, atol=1e-4)
-    assert not torch.allclose(ours[:, WINDOW + 2 :], theirs[:, WINDOW + 2 :], rtol=0, atol=1e-2)
-    with pytest.raises(ValueError, match="tensors of Mistral"):
-        sliding_window(make_source("llama with biases"), WINDOW)
-
-
-def test_contenders_have_state_of_equal_size():
-    source = make_source("llama", torch.float32)
-    model = add_memory(source, **FIELDS)
-    equal = window_of_equal_state(model)
-    names = list(contenders(model, source))
-    assert names[-1].endswith(f"({equal})")
-    theirs = state_bytes(sliding_window(source, equal + 1), 1, 4 * equal)  # a window sees itself: one less is kept
-    assert 0 <= theirs - state_bytes(model, 1, WINDOW) < theirs / equal
-
-
-def test_text_is_compared_and_the_gap_is_a_share():
-    source = make_source("llama", torch.float32)
-    models, ids = contenders(add_memory(source, **FIELDS), source), tiny_ids(3, 5 * WINDOW)
-    comparison = text_comparison(models, ids, torch.ones(3, 5 * WINDOW - 1, dtype=torch.long))
-    assert set(comparison.others) == {"memory emptied", "memory of another document", *list(models)[1:]}
-    # As converted, memory counts for nothing: no control changes a bit.
-    assert torch.equal(comparison.bits["ours"], comparison.bits["memory emptied"])
-    bytes_ = torch.ones(2, 7, dtype=torch.long)
-    bits = {name: torch.full((2, 7), value) for name, value in (("ours", 2.5), ("full attention", 2.0), ("short", 3.0))}
-    assert gap_recovered(Comparison(bits, bytes_, 2, "ours"), "short") == pytest.approx(0.5)
-
-
-def test_recall_is_what_the_likeliest_tokens_say(texts):
-    tokenizer, _, background = texts
-    source = make_source("llama", torch.float32, vocab_size=len(tokenizer))
-    rows = recall_rows(background, 2, 128, 4, seed=1)
-    assert [row.input_ids.tolist() for row in rows] == [
-        row.input_ids.tolist() for row in recall_rows(background, 2, 128, 4, seed=1)
-    ]
-    for row in rows:
-        tail = tokenizer.decode(row.input_ids[0]).rpartition("\nQuestion")[2]
-        ids = row.input_ids[0, : -len(tokenizer.encode("\nQuestion" + tail, add_special_tokens=False))].tolist()
-        assert "secret code of" in tokenizer.decode(ids[-256:])
-        assert not any("secret code of" in tokenizer.decode(part) for part in (ids[:-256], ids[-128:]))
-    hits = recall(source, rows, piece=50)
-    for row, hit in zip(rows, hits, strict=True):
-        said = source(row.input_ids).logits.argmax(-1)[0, :-1][row.labels[0, 1:] != IGNORED]
-        assert hit == torch.equal(said, row.labels[row.labels != IGNORED])
-
-    class Knows(type(source)):
-        def forward(self, input_ids=None, **kwargs):
-            outputs = super().forward(input_ids=input_ids, **kwargs)
-            kept = kwargs.get("logits_to_keep") or input_ids.shape[1]
-            answer = torch.nn.functional.one_hot(self.answer, self.config.vocab_size).float()
-            outputs.logits = answer[None].expand(1, kept, -1) if kept == len(answer) else outputs.logits
-            return outputs
-
-    source.__class__ = Knows
-    source.answer = rows[0].labels[rows[0].labels != IGNORED]
-    assert recall(source, rows[:1]) == [True]
-    source.answer = source.answer.flip(0) + 1
-    assert recall_figures({"it": source}, {2: rows[:2]}) == {"it": {"2": [0.0, 0.0]}}
-
-
-def test_a_new_conversion_answers_as_its_source():
-    source = make_source("llama", torch.float32)
-    model, prompts = add_memory(source, segment_length=64, num_memory_slots=16), tiny_ids(3, 9).tolist()
-    assert greedy_agreement(model, source, prompts) == 1.0
-    with torch.no_grad():
-        for parameter in memory_parameters(model).values():
-            parameter.normal_()
-    assert greedy_agreement(model, source, prompts) < 1.0
 
 
 @pytest.mark.parametrize("settings", [{"stream_length": 16}, {"checkpoint_segments": 1}])

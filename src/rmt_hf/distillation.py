@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from .conversion import memory_parameters
 from .data import IGNORED
 from .facts import Background, Story, spread
+from .tasks import Distance
 from .training import RMTTrainer
 
 
@@ -133,13 +134,16 @@ def code_stories(num_facts: int, rng: random.Random) -> list[Story]:
     return [Story(facts, f"What is the secret code of {town}?", codes[town]) for town in asked]
 
 
-def ask_all(stories: Sequence[Story], background: Background, length: int, rng: random.Random) -> dict[str, list[int]]:
-    """A row whose facts, told far from its end, are asked for one after the other at its end.
+def ask_all(
+    stories: Sequence[Story], background: Background, length: int, distance: Distance, rng: random.Random
+) -> dict[str, list[int]]:
+    """A row whose facts are asked for one after the other at its end.
 
     Args:
         stories: All with the same facts.
         background: What they are told in.
         length: T.
+        distance: Tokens between any fact and the first question, as `spread` takes them.
         rng: Source of all randomness.
 
     Returns:
@@ -151,8 +155,7 @@ def ask_all(stories: Sequence[Story], background: Background, length: int, rng: 
         question, answer = encode(f"\nQuestion: {story.question}\nAnswer:"), encode(f" {story.answer}")
         pieces += [(question, [IGNORED] * len(question)), (answer, answer)]
     left = length - sum(len(ids) for ids, _ in pieces)
-    # A quarter of a row between facts and questions at least, so that most are out of the window.
-    row = spread(stories[0], background, left, length // 4, rng)
+    row = spread(stories[0], background, left, distance, rng)
     input_ids, labels = row.input_ids[0].tolist(), row.labels[0].tolist()
     for ids, wanted in pieces:
         input_ids, labels = input_ids + ids, labels + wanted
@@ -194,7 +197,8 @@ def rows_of(
             for _ in range(count):
                 if rng.random() < recall_share:
                     stories = code_stories(max(1, min(len(TOWNS), length // TOKENS_PER_FACT)), rng)
-                    yield ask_all(stories, background, length, rng)
+                    # A quarter of a row between facts and questions, so that most are out of the window.
+                    yield ask_all(stories, background, length, length // 4, rng)
                     continue
                 ids = rng.choice(documents)
                 start = rng.randrange(len(ids) - length + 1)

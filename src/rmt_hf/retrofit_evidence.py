@@ -1,28 +1,90 @@
 """What a converted model has gained and lost: against its source, and against windows of the same size.
 
-A home file: it does not travel with the weights.
+    python -m rmt_hf.retrofit_evidence SOURCE MODEL --output-dir docs/results/retrofit
 
-Shapes: B documents or rows, T tokens.
+Text that was held out, a stream longer than the source can read, facts asked for at many distances, chats, and the cost
+of a token. Each finished unit is a line of JSON, and one that is there already is not measured again; tables, plot and
+model card are written from the lines (`retrofit_report`). A home file: it does not travel with the weights.
+
+Shapes: B documents, T tokens.
 """
 
+import argparse
+import itertools
+import json
 import random
-from collections.abc import Sequence
-from typing import Any, cast
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from tqdm.auto import tqdm
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from . import RMTForCausalLM
 from .controls import empty_memories, pass_on_memories, stream_bits
-from .distillation import code_stories
-from .evaluation import Comparison, token_bits
-from .facts import Background, spread
+from .conversion import add_memory
+from .data import IGNORED, chat_openings, king_james, shakespeare, token_byte_counts, tokenize
+from .distillation import ask_all, code_stories
+from .evaluation import position_edges, token_bits
+from .facts import Background, read_background
 from .peers import read, state_bytes
-from .tasks import TaskBatch
+from .report import environment
+from .retrofit_report import write_retrofit_report
 
 
-CONTROLS = {"memory emptied": empty_memories, "memory of another document": pass_on_memories}
+OURS, EMPTIED, PASSED_ON = "ours", "ours, memory emptied", "ours, memory of another document"
+CONTROLS = {EMPTIED: empty_memories, PASSED_ON: pass_on_memories}
+FULL = "full attention"
+NUM_FACTS = {"needle": 1, "key/value": 4}
+ROOM = 64  # tokens of a row for each question, and for as much before the facts
+ANSWER_TOKENS = 32
+DECODED_TOKENS = 32
+
+
+class Sizes(NamedTuple):
+    """How much is measured.
+
+    Args:
+        documents: Held-out plays.
+        document_tokens: Read of each.
+        stream_tokens: Read of the long stream.
+        windows: Distances of facts, windows.
+        recall_rows: Rows for each distance and number of facts.
+        prompts: Chats.
+        decode_at: Tokens read before the cost of one is measured.
+    """
+
+    documents: int = 4
+    document_tokens: int = 8192
+    stream_tokens: int = 65_536
+    windows: tuple[int, ...] = (2, 4, 8, 16, 32)
+    recall_rows: int = 8
+    prompts: int = 200
+    decode_at: int = 8192
+
+
+class Evidence(NamedTuple):
+    """What the units share.
+
+    Args:
+        model: Ours.
+        source: With full attention.
+        tokenizer: Of both.
+        sizes: How much.
+    """
+
+    model: RMTForCausalLM
+    source: PreTrainedModel
+    tokenizer: Any
+    sizes: Sizes
+
+    @property
+    def window(self) -> int:
+        """Tokens of our window."""
+        return self.model.config.window_length
 
 
 def sliding_window(source: PreTrainedModel, window: int) -> MistralForCausalLM:
@@ -46,7 +108,13 @@ def sliding_window(source: PreTrainedModel, window: int) -> MistralForCausalLM:
     return model.eval()
 
 
-def window_of_equal_state(model: RMTForCausalLM) -> int:
+def window_with_sink(source: PreTrainedModel, segment_length: int) -> RMTForCausalLM:
+    """The source as a converted model without memory: two segments and the sink are all that it sees."""
+    fields = {"segment_length": segment_length, "chunk_length": segment_length, "num_memory_slots": 0}
+    return add_memory(source, use_local_attention=False, **fields).eval()
+
+
+def tokens_of_equal_state(model: RMTForCausalLM) -> int:
     """Tokens whose keys and values are as many bytes as the state of one of our streams, rounded up."""
     config = model.config
     num_heads, width = config.key_value_shape
@@ -54,91 +122,234 @@ def window_of_equal_state(model: RMTForCausalLM) -> int:
     return -(-state_bytes(model, 1, config.window_length) // per_token)
 
 
-def contenders(model: RMTForCausalLM, source: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    """Ours, the source with its full attention, and the source with two sliding windows."""
-    equal = window_of_equal_state(model)
+def contenders(model: RMTForCausalLM, source: PreTrainedModel) -> dict[str, Callable[[], PreTrainedModel]]:
+    """Ours, the source with its full attention, and what it is with windows; each is made when it is called."""
+    window, equal = model.config.window_length, tokens_of_equal_state(model)
     return {
-        "ours": model,
-        "full attention": source.eval(),
-        "sliding window, our window": sliding_window(source, model.config.window_length),
-        f"sliding window, our state bytes ({equal})": sliding_window(source, equal),
+        OURS: lambda: model,
+        FULL: source.eval,
+        f"sliding window of {window}": partial(sliding_window, source, window),
+        f"sliding window of {equal}, our state bytes": partial(sliding_window, source, equal),
+        f"window of {window} and sink": partial(window_with_sink, source, model.config.segment_length),
+        # Such a state holds three segments, of which two to three are seen.
+        f"window of {equal // 3 * 2} and sink, our state bytes": partial(window_with_sink, source, equal // 3),
     }
 
 
-def text_comparison(
-    models: dict[str, PreTrainedModel], input_ids: torch.Tensor, token_bytes: torch.Tensor
-) -> Comparison:
-    """Bits of documents (B, T) read as streams by every model, and by ours under the memory controls.
-
-    Args:
-        models: As `contenders` gives them; "ours" among them.
-        input_ids: (B, T) int64.
-        token_bytes: (B, T - 1), UTF-8 bytes of tokens 1 .. T - 1.
-    """
-    ours = cast(RMTForCausalLM, models["ours"])
-    controls = CONTROLS if len(input_ids) > 1 else {"memory emptied": empty_memories}
-    bits = stream_bits(ours, input_ids, controls, show_progress=True)
-    bits["ours"] = bits.pop("own")
-    for name, model in models.items():
-        if name != "ours":
-            rows = [token_bits(model, row[None], show_progress=True) for row in input_ids]
-            bits[name] = torch.cat(rows)
-    return Comparison(bits, token_bytes, ours.config.window_length, reference="ours")
+def text_bits(name: str, model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Bits (B, T - 1) of documents read as streams; ours under the memory controls, too."""
+    if name != OURS:
+        return {name: torch.cat([token_bits(model, row[None], show_progress=True) for row in input_ids])}
+    controls = CONTROLS if len(input_ids) > 1 else {EMPTIED: empty_memories}
+    bits = stream_bits(cast(RMTForCausalLM, model), input_ids, controls, show_progress=True)
+    return {OURS: bits.pop("own"), **bits}
 
 
-def gap_recovered(comparison: Comparison, window: str) -> float:
-    """Share of the gap between a sliding window and full attention, beyond our window, that ours makes good."""
-    ours, full, short = (comparison.overall(name)[0] for name in ("ours", "full attention", window))
-    return (short - ours) / (short - full)
+def text_lines(
+    table: str, name: str, evidence: Evidence, input_ids: torch.Tensor, edges: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Bits and bytes of each document in each bucket of positions, for a contender; and for ours under controls."""
+    contender = contenders(evidence.model, evidence.source)[name]()
+    token_bytes = token_byte_counts(evidence.tokenizer)[input_ids[:, 1:]]
+    for condition, bits in text_bits(name, contender, input_ids).items():
+        sums = [
+            [states[:, max(start, 1) - 1 : end - 1].double().sum(1) for start, end in itertools.pairwise(edges)]
+            for states in (bits, token_bytes)
+        ]
+        found = {key: torch.stack(part, 1).tolist() for key, part in zip(("bits", "bytes"), sums, strict=True)}
+        yield {"table": table, "contender": condition, "edges": list(edges), **found}
 
 
-def recall_rows(background: Background, num_windows: int, window: int, count: int, seed: int) -> list[TaskBatch]:
-    """Rows (1, T) that ask for one of four codes, the facts at `num_windows` windows before the question or one less.
+def document_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
+    """Held-out plays, in buckets that double."""
+    sizes = evidence.sizes
+    _, held_out = shakespeare(sizes.documents)
+    rows = tokenize(held_out, evidence.tokenizer)["input_ids"]
+    input_ids = torch.tensor([ids[: sizes.document_tokens] for ids in rows])
+    edges = position_edges(sizes.document_tokens, evidence.window)
+    return text_lines("text", name, evidence, input_ids, edges)
+
+
+def stream_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
+    """The King James Bible from its beginning, one stream, in eight equal buckets."""
+    num_tokens = evidence.sizes.stream_tokens
+    ids = evidence.tokenizer(king_james()[: 8 * num_tokens], verbose=False)["input_ids"][:num_tokens]
+    edges = [num_tokens * part // 8 for part in range(9)]
+    return text_lines("stream", name, evidence, torch.tensor([ids]), edges)
+
+
+class Asked(NamedTuple):
+    """A row (1, T) and the tokens of it that are answers, one list of columns for each."""
+
+    input_ids: torch.Tensor
+    answers: list[list[int]]
+
+
+def recall_rows(background: Background, num_facts: int, num_windows: int, window: int, count: int) -> list[Asked]:
+    """Rows that ask for all codes told in them, at `num_windows` windows before the first question or one less.
 
     Args:
         background: Text that was not trained on.
+        num_facts: Codes in a row.
         num_windows: At least 2.
         window: Tokens of our window.
         count: Number of rows.
-        seed: Of everything that is drawn.
     """
-    rng = random.Random(f"{seed} {num_windows}")
+    rng, rows = random.Random(f"{num_facts} {num_windows}"), []
     span = ((num_windows - 1) * window, num_windows * window)
-    return [spread(code_stories(4, rng)[0], background, span[1] + 64, span, rng) for _ in range(count)]
+    for _ in range(count):
+        row = ask_all(code_stories(num_facts, rng), background, span[1] + ROOM * (1 + num_facts), span, rng)
+        is_answer = [label != IGNORED for label in row["labels"]]
+        runs = itertools.groupby(range(len(is_answer)), key=is_answer.__getitem__)
+        answers = [list(columns) for is_run, columns in runs if is_run]
+        rows.append(Asked(torch.tensor([row["input_ids"]]), answers))
+    return rows
 
 
 @torch.no_grad()
-def recall(model: PreTrainedModel, rows: Sequence[TaskBatch], piece: int = 512) -> list[bool]:
-    """Whether each row's answer would be given, all of its tokens, by taking the likeliest token each time."""
-    hits = []
-    for row in tqdm(rows, desc="Asking"):
-        asked = int((row.labels != -100).sum())
-        context, answer = row.input_ids[:, :-asked], row.input_ids[:, -asked:]
-        state = None
-        for part in context[:, :-1].split(piece, 1):
-            _, state = read(model, part, state)
-        logits, _ = read(model, torch.cat([context[:, -1:], answer[:, :-1]], 1), state, logits_to_keep=0)
-        hits.append(bool((logits.argmax(-1) == answer).all()))
-    return hits
+def recall(model: PreTrainedModel, row: Asked, control: Callable | None = None, piece: int = 512) -> list[bool]:
+    """Whether each answer would be given, all of its tokens, by taking the likeliest token each time.
+
+    Args:
+        model: Any contender.
+        row: What to read.
+        control: What is done to the state before the questions.
+        piece: Tokens in one call.
+    """
+    first = row.answers[0][0]
+    begin = first - 32  # within the question, or just before it
+    state = None
+    for part in row.input_ids[:, :begin].split(piece, 1):
+        _, state = read(model, part, state)
+    if control is not None:
+        control(state)
+    logits, _ = read(model, row.input_ids[:, begin:-1], state, logits_to_keep=0)
+    said = logits.argmax(-1)[0]  # column c says what column begin + c + 1 is
+    wanted = row.input_ids[0]
+    return [all(bool(said[c - begin - 1] == wanted[c]) for c in columns) for columns in row.answers]
 
 
-def recall_figures(models: dict[str, PreTrainedModel], rows: dict[int, list[TaskBatch]]) -> dict[str, dict[str, Any]]:
-    """Share of right answers, and its standard error, of every model at every distance, in windows."""
-    figures: dict[str, dict[str, Any]] = {}
-    for name, model in models.items():
-        for distance, batch in rows.items():
-            hits = torch.tensor(recall(model, batch)).double()
-            error = (hits.var() / len(hits)).sqrt().item() if len(hits) > 1 else 0.0
-            figures.setdefault(name, {})[str(distance)] = [hits.mean().item(), error]
-    return figures
+def recall_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
+    """Share of right answers of each row, at every distance; of ours with its memory emptied as well."""
+    _, held_out = shakespeare()
+    background = read_background("\n".join(held_out["text"]), evidence.tokenizer)
+    contender = contenders(evidence.model, evidence.source)[name]()
+    conditions = {name: None} | ({EMPTIED: empty_memories} if name == OURS else {})
+    for condition, control in conditions.items():
+        shares: dict[str, dict[int, list[float]]] = {}
+        for kind, num_facts in NUM_FACTS.items():
+            for distance in evidence.sizes.windows:
+                rows = recall_rows(background, num_facts, distance, evidence.window, evidence.sizes.recall_rows)
+                hits = [recall(contender, row, control) for row in tqdm(rows, desc=f"{kind}, {distance} windows")]
+                shares.setdefault(kind, {})[distance] = [sum(each) / len(each) for each in hits]
+        yield {"table": "recall", "contender": condition, "shares": shares}
 
 
 @torch.no_grad()
-def greedy_agreement(model: PreTrainedModel, source: PreTrainedModel, prompts: Sequence[list[int]]) -> float:
-    """Share of prompts that both answer with the same 32 tokens, taking the likeliest token each time."""
-    same = 0
+def chat_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
+    """Share of chat prompts that ours and its source answer with the same tokens, the likeliest each time."""
+    prompts = [[{"role": "user", "content": text}] for text in chat_openings(evidence.sizes.prompts)]
+    same = []
     for prompt in tqdm(prompts, desc="Answering"):
-        ids = torch.tensor([prompt])
-        found = [cast(Any, each).generate(ids, max_new_tokens=32, do_sample=False).tolist() for each in (model, source)]
-        same += found[0] == found[1]
-    return same / max(1, len(prompts))
+        ids = evidence.tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        settings = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False}
+        answers = [cast(Any, each).generate(**ids, **settings).tolist() for each in (evidence.model, evidence.source)]
+        same.append(answers[0] == answers[1])
+    yield {"table": "chat", "contender": name, "same": same}
+
+
+@torch.no_grad()
+def cost_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
+    """Median CPU milliseconds of a token after many others, and the bytes that are carried then."""
+    contender, position = contenders(evidence.model, evidence.source)[name](), evidence.sizes.decode_at
+    state, times = None, []
+    for part in torch.ones(1, position, dtype=torch.long).split(512, 1):
+        _, state = read(contender, part, state)
+    for _ in range(DECODED_TOKENS):
+        start = time.process_time()
+        _, state = read(contender, torch.ones(1, 1, dtype=torch.long), state)
+        times.append(time.process_time() - start)
+    milliseconds = 1000 * sorted(times)[len(times) // 2]
+    carried = state_bytes(contender, 1, position)
+    yield {"table": "cost", "contender": name, "position": position, "ms": milliseconds, "state_bytes": carried}
+
+
+TABLES: dict[str, Callable[[str, Evidence], Iterator[dict[str, Any]]]] = {
+    "text": document_lines,
+    "stream": stream_lines,
+    "recall": recall_lines,
+    "chat": chat_lines,
+    "cost": cost_lines,
+}
+
+
+def units(evidence: Evidence, tables: Sequence[str] = tuple(TABLES)) -> list[tuple[str, str]]:
+    """What there is to measure, as pairs of table and contender."""
+    names = list(contenders(evidence.model, evidence.source))
+    wanted = {"stream": [name for name in names if name != FULL], "chat": [OURS], "cost": [OURS, FULL]}
+    return [(table, name) for table in tables for name in wanted.get(table, names)]
+
+
+def measure(evidence: Evidence, file: Path, chosen: Sequence[tuple[str, str]]) -> None:
+    """Adds a line of JSON for each unit whose line is not in the file yet.
+
+    Args:
+        evidence: What is measured.
+        file: JSON lines; made if it does not exist.
+        chosen: Pairs of table and contender.
+    """
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    done = {(line["table"], line["contender"]) for line in lines}
+    facts = environment(("torch", "transformers")) | {"dtype": str(evidence.model.dtype).removeprefix("torch.")}
+    for table, name in chosen:
+        if (table, name) in done:
+            continue
+        with torch.no_grad():
+            found = [
+                json.dumps({**line, "environment": facts}, allow_nan=False) for line in TABLES[table](name, evidence)
+            ]
+        with file.open("a", encoding="utf-8") as lines_file:
+            lines_file.writelines(f"{line}\n" for line in found)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="folder of the model that was converted")
+    parser.add_argument("model", type=Path, help="folder of the converted model")
+    parser.add_argument("--output-dir", type=Path, default=Path("docs/results/retrofit"))
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser.add_argument(
+        "--contenders", nargs="+", metavar="NAME", help="names, or beginnings of them; all if not given"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--card", type=Path, help="where to write a model card")
+    for name, value in Sizes()._asdict().items():
+        several: dict[str, Any] = {"nargs": "+"} if isinstance(value, tuple) else {}
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, **several)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures what is missing and writes the report."""
+    args = parse_arguments(arguments)
+    torch.set_num_threads(args.threads)
+    dtype = getattr(torch, args.dtype)
+    source = AutoModelForCausalLM.from_pretrained(args.source, dtype=dtype)
+    model = RMTForCausalLM.from_pretrained(args.model, dtype=dtype)
+    sizes = Sizes(**{name: getattr(args, name) for name in Sizes._fields})
+    evidence = Evidence(model.eval(), source.eval(), AutoTokenizer.from_pretrained(args.source), sizes)
+    chosen = units(evidence, args.tables)
+    if args.contenders is not None:
+        chosen = [unit for unit in chosen if unit[1].startswith(tuple(args.contenders))]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    file = args.output_dir / "lines.jsonl"
+    measure(evidence, file, chosen)
+    write_retrofit_report(file, args.output_dir, args.card)
+
+
+if __name__ == "__main__":
+    main()

@@ -96,12 +96,12 @@ def main() -> None:
     parser.add_argument("--chunk-length", type=int, default=16)
     parser.add_argument("--num-slots-per-chunk", type=int, default=2)
     parser.add_argument("--num-memory-slots", type=int, default=256)
-    parser.add_argument("--stages", nargs="+", default=["512:240", "1024:100", "2048:70"], metavar="TOKENS:ROWS")
+    parser.add_argument("--stages", nargs="+", default=["512:80", "1024:80", "2048:90"], metavar="TOKENS:ROWS")
     parser.add_argument("--recall-share", type=float, default=0.5, help="rows that ask for a code")
     parser.add_argument("--no-teacher", action="store_true", help="learn the text itself instead")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
-        "--scale-factor", type=float, default=20.0, help="learning rate of fusion.scale over the others'"
+        "--scale-factor", type=float, default=10.0, help="learning rate of fusion.scale over the others'"
     )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)

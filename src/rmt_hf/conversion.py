@@ -54,7 +54,8 @@ COPIES = {
     LAYER + "self_attn.memory_q_norm.weight": LAYER + "self_attn.q_norm.weight",
 }
 SINK = (LAYER + "self_attn.sink.key", LAYER + "self_attn.sink.value")
-ZEROS = (LAYER + "self_attn.fusion.scale", OUTPUT_BIAS)
+# A scale of zero keeps memory out; the gate that is multiplied with it can be half open, and learns faster for it.
+ZEROS = (LAYER + "self_attn.fusion.scale", LAYER + "self_attn.fusion.gate.bias", OUTPUT_BIAS)
 NEW = (*COPIES, *ZEROS, *SINK, LAYER + "self_attn.fusion.gate.*", LAYER + "self_attn.memory.*")
 # Fields of a configuration that mean the same in both.
 SHARED_FIELDS = [

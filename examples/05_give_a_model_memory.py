@@ -1,14 +1,13 @@
 """Gives a pretrained model a memory and teaches it to remember, with the model itself, seeing everything, as teacher.
 
 The model reads through a window of 256 tokens; what leaves it goes to memory. Memory and fusion alone are trained, on
-plays of Shakespeare and on codes hidden in them, rows growing from 1,024 to 2,048 tokens; a run goes on where it was
+plays of Shakespeare and on codes hidden in them, rows growing from 512 to 2,048 tokens; a run goes on where it was
 stopped. Then it is compared, on plays that were held out, with its source and with sliding windows. The default source
 is SmolLM2-135M, from the package that brings it; `--source` takes a folder, or a model on the Hub, of Llama's family.
 """
 
 import argparse
 import importlib.util
-import json
 from pathlib import Path
 
 import torch
@@ -18,11 +17,11 @@ from transformers.utils.quantization_config import GgufConfig
 
 from rmt_hf import RMTForCausalLM
 from rmt_hf.conversion import add_memory, freeze_base
-from rmt_hf.data import shakespeare, token_byte_counts, tokenize
+from rmt_hf.data import shakespeare, tokenize
 from rmt_hf.distillation import DistillationTrainer, parameter_groups, rows_of
 from rmt_hf.facts import read_background
-from rmt_hf.report import environment, table, write_metrics, write_whole
-from rmt_hf.retrofit_evidence import contenders, recall_figures, recall_rows, text_comparison
+from rmt_hf.report import write_whole
+from rmt_hf.retrofit_evidence import main as write_evidence
 from rmt_hf.training import RMTTrainingArguments
 
 
@@ -49,8 +48,8 @@ def load_source(args: argparse.Namespace) -> tuple[PreTrainedModel, object]:
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
 
 
-def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> tuple[RMTForCausalLM, list[dict]]:
-    """The converted model after training, and what the Trainer logged."""
+def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> RMTForCausalLM:
+    """The converted model after training."""
     names = ("segment_length", "chunk_length", "num_slots_per_chunk", "num_memory_slots")
     # Without the local path, nothing but memory is new, and that is empty inside the window: there, what is trained
     # cannot change the model.
@@ -84,8 +83,9 @@ def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> tuple[RMTF
         optimizers=(optimizer, None),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) is not None or None)
+    trainer.save_state()
     model.config.use_cache = True  # the Trainer has switched it off; generation wants it
-    return model, trainer.state.log_history
+    return trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
 
 
 def main() -> None:
@@ -108,33 +108,26 @@ def main() -> None:
     parser.add_argument("--warmup-steps", type=int, default=4)
     parser.add_argument("--logging-steps", type=int, default=4)
     parser.add_argument("--save-steps", type=int, default=16)
-    parser.add_argument("--max-documents", type=int, help="texts to train on, and texts to evaluate on")
-    parser.add_argument("--document-tokens", type=int, default=4096, help="read of each text in the evaluation")
-    parser.add_argument("--windows", type=int, nargs="*", default=[2, 4, 8, 16], help="distances of recall")
-    parser.add_argument("--recall-rows", type=int, default=16, help="at each distance")
+    parser.add_argument("--max-documents", type=int, help="texts to train on")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--evidence", nargs=argparse.REMAINDER, help="last: options of rmt_hf.retrofit_evidence")
+    parser.set_defaults(evidence=["--document-tokens", "4096", "--windows", "2", "4", "8", "--recall-rows", "4"])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     source, tokenizer = load_source(args)
-    parts = shakespeare(args.max_documents)
-    training, held_out = (tokenize(texts, tokenizer) for texts in parts)
-    background, other_background = (read_background("\n".join(texts["text"]), tokenizer) for texts in parts)
+    texts, _ = shakespeare(args.max_documents)
+    background = read_background("\n".join(texts["text"]), tokenizer)
     stages = [tuple(map(int, stage.split(":"))) for stage in args.stages]
-    rows = rows_of(training, background, stages, args.recall_share, label_text=args.no_teacher)
-    model, log = train(source, rows, args)
-    write_whole(args.output_dir / "model", lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
-
-    documents = torch.tensor([ids[: args.document_tokens] for ids in held_out["input_ids"]])
-    models = contenders(model.eval(), source)
-    comparison = text_comparison(models, documents, token_byte_counts(tokenizer)[documents[:, 1:]])
-    window = model.config.window_length
-    asked = {each: recall_rows(other_background, each, window, args.recall_rows, seed=1) for each in args.windows}
-    recalled = recall_figures(models, asked)
-    facts = environment(("torch", "transformers"))
-    write_metrics(args.output_dir / "metrics.json", comparison, facts=facts, recall=recalled, log=log)
-    print(table(comparison), json.dumps(recalled, indent=1), sep="\n")
+    rows = rows_of(tokenize(texts, tokenizer), background, stages, args.recall_share, label_text=args.no_teacher)
+    model = train(source, rows, args)
+    folder = args.output_dir / "model"
+    write_whole(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
+    # Plays that were held out, and codes hidden in them; `python -m rmt_hf.retrofit_evidence` measures more.
+    source_folder = args.source or args.output_dir / "source"
+    places = [str(source_folder), str(folder), "--output-dir", str(args.output_dir / "evidence")]
+    write_evidence([*places, "--tables", "text", "recall", "--threads", str(args.threads), *args.evidence])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """Gives a pretrained model a memory and teaches it to remember, with the model itself, seeing everything, as teacher.
 
-The model reads through a window of 256 tokens; what leaves it goes to memory. Memory and fusion alone are trained, on
-plays of Shakespeare and on codes hidden in them, rows growing from 512 to 2,048 tokens; a run goes on where it was
-stopped. Then it is compared, on plays that were held out, with its source and with sliding windows. The default source
-is SmolLM2-135M, from the package that brings it; `--source` takes a folder, or a model on the Hub, of Llama's family.
+The model reads through a window of 256 tokens; what leaves it goes to memory. Memory and fusion alone are trained (with
+`--train`, low-rank updates of everything else as well, or everything), on plays of Shakespeare and on codes hidden in
+them, rows growing from 512 to 2,048 tokens; a run goes on where it was stopped. Then it is compared, on plays that were
+held out, with its source and with sliding windows. The default source is SmolLM2-135M, from the package that brings it;
+`--source` takes a folder, or a model on the Hub, of Llama's family.
 """
 
 import argparse
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.quantization_config import GgufConfig
 
 from rmt_hf import RMTForCausalLM
+from rmt_hf.adapters import memory_lora_config
 from rmt_hf.conversion import add_memory, freeze_base
 from rmt_hf.data import shakespeare, tokenize
 from rmt_hf.distillation import DistillationTrainer, parameter_groups, rows_of
@@ -48,13 +51,26 @@ def load_source(args: argparse.Namespace) -> tuple[PreTrainedModel, object]:
     return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
 
 
+def choose_trained(model: RMTForCausalLM, which: str) -> torch.nn.Module:
+    """The model with what is to be trained unfrozen, and in adapters if they are wanted."""
+    if which == "lora":
+        from peft import get_peft_model
+
+        adapted = get_peft_model(model, memory_lora_config(model.config))
+        adapted.print_trainable_parameters()
+        return adapted
+    print(freeze_base(model))
+    return model.requires_grad_(True) if which == "all" else model
+
+
 def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> RMTForCausalLM:
     """The converted model after training."""
     names = ("segment_length", "chunk_length", "num_slots_per_chunk", "num_memory_slots")
     # Without the local path, nothing but memory is new, and that is empty inside the window: there, what is trained
     # cannot change the model.
+    teacher = None if args.no_teacher else copy.deepcopy(source) if args.train == "all" else source
     model = add_memory(source, use_local_attention=False, **{name: getattr(args, name) for name in names})
-    print(freeze_base(model))
+    trained = choose_trained(model, args.train)
     arguments = RMTTrainingArguments(
         output_dir=str(args.output_dir / "training"),
         per_device_train_batch_size=1,
@@ -72,20 +88,21 @@ def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> RMTForCaus
         dataloader_pin_memory=False,
     )
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, args.learning_rate, args.scale_factor), betas=(0.9, 0.98), weight_decay=0.0
+        parameter_groups(trained, args.learning_rate, args.scale_factor), betas=(0.9, 0.98), weight_decay=0.0
     )
     trainer = DistillationTrainer(
-        model,
+        trained,
         arguments,
         train_dataset=rows,
         data_collator=default_data_collator,
-        teacher=None if args.no_teacher else source,
+        teacher=teacher,
         optimizers=(optimizer, None),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) is not None or None)
     trainer.save_state()
     model.config.use_cache = True  # the Trainer has switched it off; generation wants it
-    return trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    trained = trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
+    return trained.merge_and_unload() if args.train == "lora" else trained
 
 
 def main() -> None:
@@ -98,6 +115,7 @@ def main() -> None:
     parser.add_argument("--num-memory-slots", type=int, default=256)
     parser.add_argument("--stages", nargs="+", default=["512:80", "1024:80", "2048:90"], metavar="TOKENS:ROWS")
     parser.add_argument("--recall-share", type=float, default=0.5, help="rows that ask for a code")
+    parser.add_argument("--train", choices=("memory", "lora", "all"), default="memory", help="all wants a lower rate")
     parser.add_argument("--no-teacher", action="store_true", help="learn the text itself instead")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(

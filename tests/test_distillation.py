@@ -7,8 +7,10 @@ import re
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from transformers import default_data_collator
 
+from rmt_hf.adapters import memory_lora_config
 from rmt_hf.conversion import add_memory, freeze_base, memory_parameters
 from rmt_hf.data import IGNORED, tokenize, train_tokenizer
 from rmt_hf.distillation import (
@@ -116,9 +118,12 @@ def test_accumulated_steps_are_the_mean_of_their_rows(tmp_path):
         torch.testing.assert_close(old - new.detach(), step, rtol=1e-3, atol=1e-7)
 
 
-def test_every_trained_parameter_is_in_one_group():
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_every_trained_parameter_is_in_one_group(is_adapted):
     model = add_memory(make_source("llama"), **FIELDS)
     freeze_base(model)
+    model = get_peft_model(model, memory_lora_config(model.config)) if is_adapted else model
     scales, others = parameter_groups(model, 1e-3, 5.0)
     assert (scales["lr"], others["lr"]) == (5e-3, 1e-3)
     assert len(scales["params"]) == model.config.num_hidden_layers

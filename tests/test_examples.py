@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rmt_hf import RMTForCausalLM
@@ -149,7 +150,21 @@ def test_a_model_is_given_memory_and_goes_on_where_it_was(tmp_path: Path) -> Non
     measured = {(line["table"], line["contender"]) for line in map(json.loads, lines.splitlines())}
     assert measured >= {(table, name) for table in ("text", "recall") for name in ("ours", "full attention")}
     weights = (tmp_path / "memory/model/model.safetensors").read_bytes()
+    assert changed_weights(tmp_path / "memory/model", source) == set()
 
     shutil.rmtree(tmp_path / "memory" / "model")
     run("05_give_a_model_memory.py", *where)  # from the last checkpoint on, where nothing is left to do
     assert (tmp_path / "memory/model/model.safetensors").read_bytes() == weights
+
+    for which in ("lora", "all"):
+        where = ("--source", str(tmp_path / "source"), "--output-dir", str(tmp_path / which), "--train", which)
+        run("05_give_a_model_memory.py", *where)
+        changed = changed_weights(tmp_path / which / "model", source)
+        assert "model.layers.0.mlp.up_proj.weight" in changed
+        assert ("model.norm.weight" in changed) == (which == "all")
+
+
+def changed_weights(folder: Path, source: LlamaForCausalLM) -> set[str]:
+    """Names of what a source has and a trained conversion has otherwise."""
+    trained = RMTForCausalLM.from_pretrained(folder).state_dict()
+    return {name for name, tensor in source.state_dict().items() if not torch.equal(tensor, trained[name])}

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens of a row, V vocabulary.
 """
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -108,7 +109,8 @@ def parameter_groups(model: nn.Module, learning_rate: float, scale_factor: float
         learning_rate: Of all others.
         scale_factor: By how much the learning rate of `fusion.scale` is larger.
     """
-    scales = [item for item in memory_parameters(model).items() if item[0].endswith("fusion.scale")]
+    # An adapter that holds fusion whole has words of its own between the two.
+    scales = [item for item in memory_parameters(model).items() if re.search(r"fusion\..*\bscale$", item[0])]
     names = {name for name, _ in scales}
     others = [item for item in model.named_parameters() if item[1].requires_grad and item[0] not in names]
     rates = (scale_factor * learning_rate, learning_rate)

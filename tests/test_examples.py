@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rmt_hf import RMTForCausalLM
 from rmt_hf.data import train_tokenizer
+from test_chats import TEMPLATE
+from tiny import tiny_model, tiny_tokenizer
 
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -27,6 +29,7 @@ TINY = {
     "04_a_million_tokens.py": "--lengths 300 --dtypes float32",
     "05_give_a_model_memory.py": "--stages 320:2 384:2 --save-steps 2 --logging-steps 1 --max-documents 2 "
     "--num-memory-slots 16 --threads 1 --evidence --documents 2 --document-tokens 400 --windows 2 --recall-rows 2",
+    "06_chat.py": "--max-new-tokens 8 --threads 1",
     "07_recall_at_a_million.py": "--steps 2 --lengths 256 --tokens-per-step 512 --streams 2 --distances 64 192 "
     "--threads 1",
 }
@@ -162,6 +165,19 @@ def test_a_model_is_given_memory_and_goes_on_where_it_was(tmp_path: Path) -> Non
         changed = changed_weights(tmp_path / which / "model", source)
         assert "model.layers.0.mlp.up_proj.weight" in changed
         assert ("model.norm.weight" in changed) == (which == "all")
+
+
+def test_a_chat_goes_on_in_a_new_process(tmp_path: Path) -> None:
+    model, tokenizer = tiny_model(dtype=torch.float32), tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    started = [("--chat", str(tmp_path / name), "--messages") for name in ("whole", "parts")]
+    whole = run("06_chat.py", str(tmp_path / "model"), *started[0], "w10 w11", "w12")
+    parts = [run("06_chat.py", str(tmp_path / "model"), *started[1], message) for message in ("w10 w11", "w12")]
+    answers, last = whole.splitlines()[:-1], whole.splitlines()[-1]
+    assert [line for part in parts for line in part.splitlines()[:-1]] == answers
+    assert parts[1].splitlines()[-1] == last and last.endswith("bytes carried")
 
 
 def changed_weights(folder: Path, source: LlamaForCausalLM) -> set[str]:

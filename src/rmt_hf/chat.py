@@ -1,0 +1,114 @@
+"""A chat of any length at constant cost: in each turn the model reads what is new, and its state has the rest.
+
+A home file: it does not travel with the weights.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedTokenizerBase, TextStreamer, pipeline
+
+from .cache_rmt import RMTCache
+from .modeling_rmt import RMTForCausalLM
+from .report import write_whole
+
+
+ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for an answer in a template, and is in no real one
+
+
+class Chat:
+    """Turns of a user and of a model through transformers' text-generation pipeline, with one state for all of them.
+
+    Args:
+        model: Any, also one that was converted.
+        tokenizer: With a chat template.
+        settings: What `generate` takes: `max_new_tokens`, `do_sample`, ...
+
+    Raises:
+        ValueError: If the tokenizer has no chat template, or one that does not show an answer as it is.
+
+    Source: ours.
+    """
+
+    def __init__(self, model: RMTForCausalLM, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
+        if tokenizer.chat_template is None:
+            raise ValueError("tokenizer must have a chat_template, got None: set tokenizer.chat_template first.")
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.pipeline: Any = cast(Any, pipeline)("text-generation", model=model, tokenizer=tokenizer)
+        self.state = RMTCache(model.config)
+        self.end = ""  # what the last answer ended with, which the state has read; nothing if it was cut off
+
+    def say(self, message: str, streams: bool = False) -> str:
+        """What the model answers.
+
+        Args:
+            message: Of the user.
+            streams: Whether to print the answer word by word (`TextStreamer`).
+        """
+        prompt = self._turn(message)
+        length = len(self.tokenizer.encode(prompt, add_special_tokens=False))
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+        self.state.begin_prompt()  # what comes is new, however long it is
+        found = self.pipeline(
+            prompt,
+            add_special_tokens=False,
+            return_tensors=True,
+            past_key_values=self.state,
+            streamer=streamer,
+            **self.settings,
+        )
+        answer = found[0]["generated_token_ids"][length:]
+        with torch.no_grad():  # `generate` does not read what it has said last
+            self.model(torch.tensor([answer[-1:]], device=self.model.device), past_key_values=self.state)
+        self.end = self._text(answer[-1:]) if answer[-1] in self._ends() else ""
+        return self._text(answer, skip_special_tokens=True)
+
+    def _turn(self, message: str) -> str:
+        """The text of a turn as the template has it: all of it at the beginning of a chat, else from an answer on."""
+        new = {"role": "user", "content": message}
+        if not self.state.is_initialized:
+            return self._render([new])
+        before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ANSWER}]
+        _, answer, rest = self._render([*before, new]).partition(ANSWER)
+        if not answer:
+            raise ValueError("chat_template must show answers as they are: this one leaves them out or changes them.")
+        return rest.removeprefix(self.end)
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _text(self, ids: list[int], **settings: Any) -> str:
+        return str(self.tokenizer.decode(ids, **settings))
+
+    def _ends(self) -> list[int]:
+        """Ids that end an answer."""
+        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return [] if ends is None else ends if isinstance(ends, list) else [ends]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the chat, whose size does not depend on its length.
+
+        Args:
+            folder: Where to; replaced if it exists.
+        """
+
+        def write(path: Path) -> None:
+            self.state.save_pretrained(path)
+            (path / "chat.json").write_text(json.dumps({"end": self.end}), "utf-8")
+
+        write_whole(Path(folder), write)
+
+    def load(self, folder: str | Path) -> None:
+        """Goes on with a chat that was saved, maybe by another process.
+
+        Args:
+            folder: What `save` wrote.
+
+        Raises:
+            ValueError: As `RMTCache.from_pretrained`: of another model, say.
+        """
+        self.state = RMTCache.from_pretrained(folder, self.model)
+        self.end = json.loads((Path(folder) / "chat.json").read_text("utf-8"))["end"]

@@ -1,0 +1,90 @@
+"""A chat of many turns: as if all were read anew each time, at constant state, printed, saved and gone on with."""
+
+import pytest
+import torch
+
+from rmt_hf.chat import Chat
+from tiny import tiny_model, tiny_tokenizer
+
+
+TEMPLATE = (
+    "{% for message in messages %}<s> {{ message['role'] == 'user' and 'w3' or 'w4' }} {{ message['content'] }}</s> "
+    "{% endfor %}{% if add_generation_prompt %}<s> w4 {% endif %}"
+)
+ODD_ENDS = list(range(30, 50))  # end answers now and then, but not as the template does
+MESSAGES = ["w10 w11", "w12", "w13 w14 w15 w16", "w17", "w18 w19", "w20"] * 2
+
+
+@pytest.fixture
+def tokenizer():
+    made = tiny_tokenizer()
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture
+def model():
+    made = tiny_model()
+    made.generation_config.eos_token_id = [2, *ODD_ENDS]
+    return made
+
+
+def read_anew(model, tokenizer, messages: list[str], **settings) -> list[str]:
+    """Answers when the ids of the whole chat are read from the beginning in each turn."""
+    ids: list[int] = []
+    answers = []
+    for message in messages:
+        if ids and ids[-1] != 2:
+            ids += [2]
+        ids += tokenizer.encode(f"<s> w3 {message} </s> <s> w4", add_special_tokens=False)
+        found = model.generate(torch.tensor([ids]), **settings)[0].tolist()
+        answers.append(tokenizer.decode(found[len(ids) :], skip_special_tokens=True))
+        ids = found
+    return answers
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 7])
+def test_a_chat_is_as_if_everything_were_read_anew(model, tokenizer, max_new_tokens) -> None:
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": 0}
+    chat, sizes, ended = Chat(model, tokenizer, **settings), set(), set()
+    answers = []
+    for message in MESSAGES:
+        answers.append(chat.say(message))
+        sizes.add(sum(tensor.nbytes for tensor in chat.state.tensors()))
+        ended.add(chat.end != "")
+    assert answers == read_anew(model, tokenizer, MESSAGES, **settings)
+    assert len(sizes) == 1 and chat.state.positions[0] > 4 * model.config.window_length
+    assert True in ended or max_new_tokens == 1
+
+
+def test_a_chat_goes_on_where_it_was_saved(model, tokenizer, tmp_path) -> None:
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    chat, other = (Chat(model, tokenizer, **settings) for _ in range(2))
+    for message in MESSAGES[:7]:
+        chat.say(message)
+    chat.save(tmp_path / "chat")
+    size = sum(file.stat().st_size for file in (tmp_path / "chat").iterdir())
+    other.load(tmp_path / "chat")
+    assert other.end == chat.end
+    assert [other.say(message) for message in MESSAGES[7:]] == [chat.say(message) for message in MESSAGES[7:]]
+    other.save(tmp_path / "chat")
+    assert abs(sum(file.stat().st_size for file in (tmp_path / "chat").iterdir()) - size) < 64
+    with pytest.raises(ValueError, match="state"):
+        Chat(tiny_model(num_memory_slots=16), tokenizer).load(tmp_path / "chat")
+
+
+def test_an_answer_is_printed_word_by_word(model, tokenizer, capsys) -> None:
+    chat = Chat(model, tokenizer, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    answer = chat.say("w10", streams=True)
+    assert answer and capsys.readouterr().out.split() == answer.split()
+
+
+def test_a_template_is_needed_and_shows_answers(model, tokenizer) -> None:
+    chat = Chat(model, tokenizer, max_new_tokens=1, pad_token_id=0)
+    chat.say("w10")
+    tokenizer.chat_template = TEMPLATE.replace("{{ message['content'] }}", "w5")
+    with pytest.raises(ValueError, match="show answers as they are"):
+        chat.say("w11")
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="must have a chat_template"):
+        Chat(model, tokenizer)

@@ -128,7 +128,7 @@ def test_recall_is_what_the_likeliest_tokens_say(evidence, tokenizer):
     with torch.no_grad():
         said = model(row.input_ids).logits[0].argmax(-1)
     expected = [all(said[column - 1] == wanted[column] for column in columns) for columns in row.answers]
-    assert recall(model, row, piece=50) == expected
+    assert recall(model, row, piece=50) == [expected]
 
     class Knows(type(model)):
         """Says what comes next, but for one token."""
@@ -145,14 +145,21 @@ def test_recall_is_what_the_likeliest_tokens_say(evidence, tokenizer):
             return outputs
 
     model.__class__ = Knows
-    assert recall(model, row, piece=50) == [True, True, False, True]
+    assert recall(model, row, piece=50) == [[True, True, False, True]]
 
 
 def test_an_emptied_memory_is_emptied_before_the_question(evidence, tokenizer):
     (row,) = recall_rows(read_background(TEXT, tokenizer), 1, 2, 128, 1)
     found = []
-    recall(evidence.model, row, lambda state: (empty_memories(state), found.append(state.positions[0])))
-    assert found == [row.answers[0][0] - 32]
+
+    def control(state) -> None:
+        empty_memories(state)
+        found.append(state.positions[0])
+
+    for layer in evidence.model.model.layers:
+        torch.nn.init.ones_(layer.self_attn.fusion.scale)  # memory counts
+    hits = recall(evidence.model, row, [None, control, None])
+    assert found == [row.answers[0][0] - 32] and hits[0] == hits[2]
 
 
 def test_questions_are_answered_in_their_row(tokenizer):
@@ -198,7 +205,7 @@ def test_what_is_measured_once_is_not_measured_again(evidence, tmp_path, monkeyp
     found = [(line["table"], line["contender"]) for line in lines]
     assert found == [
         *[("text", FULL), ("text", OURS), ("text", EMPTIED), ("text", PASSED_ON)],
-        *[("recall", OURS), ("recall", EMPTIED), ("recall", FULL)],
+        *[("recall", name) for name in (OURS, EMPTIED, OURS, EMPTIED, FULL, FULL)],
     ]
     assert all(line["environment"]["dtype"] == "float32" for line in lines)
     text = (tmp_path / "out/tables.md").read_text("utf-8")
@@ -208,11 +215,11 @@ def test_what_is_measured_once_is_not_measured_again(evidence, tmp_path, monkeyp
 
 
 def test_units_are_what_a_table_asks_for(evidence):
-    names = {
-        table: [name for each, name in units(evidence, [table]) if each == table] for table in retrofit_evidence.TABLES
-    }
+    names = {table: [unit.contender for unit in units(evidence, [table])] for table in retrofit_evidence.TABLES}
     assert names["chat"] == [OURS] and names["cost"] == [OURS, FULL]
     assert FULL not in names["stream"] and set(names["stream"]) | {FULL} == set(names["text"]) == set(names["recall"])
+    distances = [unit.distance for unit in units(evidence, ["recall"]) if unit.contender == OURS]
+    assert distances == [2, 4, 8, 16, 32]
 
 
 def test_the_share_of_the_gap_is_what_it_is(tmp_path):

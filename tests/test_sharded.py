@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from rmt_hf import RMTConfig, RMTForCausalLM, RMTTrainer, RMTTrainingArguments
@@ -119,6 +120,56 @@ def test_fsdp_trains_lanes_as_one_process(name: str, of_two: tuple[Path, dict], 
     assert not torch.equal(one["lm_head.weight"], tiny_model(**FORMS["default"]).lm_head.weight)
 
 
+def test_a_run_that_was_cut_goes_on_exactly(of_two: tuple[Path, dict]) -> None:
+    """Weights, optimizer, schedule, random numbers, lanes: losses and weights to the last bit."""
+    folder, found = of_two
+    whole_run, cut, resumed = (found[name] for name in ("whole", "cut", "resumed"))
+    assert whole_run[:2] == cut and whole_run[2:] == resumed and len(set(whole_run)) == 4
+    one, two = (
+        RMTForCausalLM.from_pretrained(folder / name / "checkpoint-4").state_dict() for name in ("whole", "cut")
+    )
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    files = {file.name for file in (folder / "cut" / "checkpoint-2").iterdir()}
+    assert files >= {"model.safetensors", "optimizer.safetensors", "optimizer.json", "lanes-0", "lanes-1"}
+    assert not {"optimizer.pt", "scheduler.pt"} & files
+
+
+class Cut(TrainerCallback):
+    """Ends a run after two steps."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+def run_of(folder: Path, name: str, *callbacks: TrainerCallback) -> RMTTrainer:
+    """A run with an optimizer that has a state, a schedule and dropout."""
+    config = DistributedConfig(fsdp_size=2)
+    model = RMTForCausalLM.from_pretrained(folder / "default", distributed_config=config, attention_dropout=0.1)
+    data = Dataset.from_dict({"input_ids": [tiny_ids(1, n, seed=n)[0].tolist() for n in (50, 31, 7, 16, 40, 9, 70)]})
+    arguments = RMTTrainingArguments(
+        str(folder / name),
+        **{"stream_length": 2 * S, "max_steps": 4, "logging_steps": 1, "learning_rate": 0.05, "warmup_steps": 2},
+        **{"save_steps": 2, "use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 2},
+    )
+    return RMTTrainer(model, arguments, train_dataset=data, callbacks=list(callbacks))
+
+
+def losses(run: RMTTrainer, first: int = 0) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry and entry["step"] > first]
+
+
+def cut_and_go_on(folder: Path) -> dict[str, list[float]]:
+    """Losses of a run that is whole, and of one that is cut after two steps and goes on with a new model."""
+    whole_run = run_of(folder, "whole")
+    whole_run.train()
+    cut = run_of(folder, "cut", Cut())
+    cut.train()
+    assert not cut.args.save_only_model
+    resumed = run_of(folder, "cut")
+    resumed.train(resume_from_checkpoint=True)
+    return {"whole": losses(whole_run), "cut": losses(cut), "resumed": losses(resumed, 2)}
+
+
 def test_the_plan_names_what_is_there() -> None:
     for fields in (*FORMS.values(), {"num_memory_slots": 0}, {"num_memory_slots": 0, "use_local_attention": False}):
         model = RMTForCausalLM(tiny_config(**fields))
@@ -177,6 +228,7 @@ def main(folder: Path) -> None:
         config = DistributedConfig(fsdp_size=2)
         model = RMTForCausalLM.from_pretrained(folder / "default", distributed_config=config)
         found[name] = train(model, folder / name, name)
+    found |= cut_and_go_on(folder)
     found["refused"] = refusals(folder)
     if rank == 0:
         (folder / "results.json").write_text(json.dumps(found), "utf-8")

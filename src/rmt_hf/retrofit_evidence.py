@@ -207,42 +207,48 @@ def recall_rows(background: Background, num_facts: int, num_windows: int, window
 
 
 @torch.no_grad()
-def recall(model: PreTrainedModel, row: Asked, control: Callable | None = None, piece: int = 512) -> list[bool]:
+def recall(
+    model: PreTrainedModel, row: Asked, controls: Sequence[Callable | None] = (None,), piece: int = 512
+) -> list[list[bool]]:
     """Whether each answer would be given, all of its tokens, by taking the likeliest token each time.
 
     Args:
         model: Any contender.
         row: What to read.
-        control: What is done to the state before the questions.
+        controls: What is done to the state before the questions; None for nothing. Others want a model of ours.
         piece: Tokens in one call.
+
+    Returns:
+        The answers' verdicts under each control.
     """
-    first = row.answers[0][0]
-    begin = first - 32  # within the question, or just before it
-    state = None
+    begin = row.answers[0][0] - 32  # within the question, or just before it
+    state, wanted, found = None, row.input_ids[0], []
     for part in row.input_ids[:, :begin].split(piece, 1):
         _, state = read(model, part, state)
-    if control is not None:
-        control(state)
-    logits, _ = read(model, row.input_ids[:, begin:-1], state, logits_to_keep=0)
-    said = logits.argmax(-1)[0]  # column c says what column begin + c + 1 is
-    wanted = row.input_ids[0]
-    return [all(bool(said[c - begin - 1] == wanted[c]) for c in columns) for columns in row.answers]
+    for control in controls:
+        asked = state if control is None and len(controls) == 1 else cast(Any, state).clone()
+        if control is not None:
+            control(asked)
+        logits, _ = read(model, row.input_ids[:, begin:-1], asked, logits_to_keep=0)
+        said = logits.argmax(-1)[0]  # column c says what column begin + c + 1 is
+        found.append([all(bool(said[c - begin - 1] == wanted[c]) for c in columns) for columns in row.answers])
+    return found
 
 
-def recall_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
-    """Share of right answers of each row, at every distance; of ours with its memory emptied as well."""
+def recall_lines(name: str, evidence: Evidence, distance: int) -> Iterator[dict[str, Any]]:
+    """Share of right answers of each row at a distance; of ours with its memory emptied as well."""
     _, held_out = shakespeare()
     background = read_background("\n".join(held_out["text"]), evidence.tokenizer)
     contender = contenders(evidence.model, evidence.source)[name]()
     conditions = {name: None} | ({EMPTIED: empty_memories} if name == OURS else {})
-    for condition, control in conditions.items():
-        shares: dict[str, dict[int, list[float]]] = {}
-        for kind, num_facts in NUM_FACTS.items():
-            for distance in evidence.sizes.windows:
-                rows = recall_rows(background, num_facts, distance, evidence.window, evidence.sizes.recall_rows)
-                hits = [recall(contender, row, control) for row in tqdm(rows, desc=f"{kind}, {distance} windows")]
-                shares.setdefault(kind, {})[distance] = [sum(each) / len(each) for each in hits]
-        yield {"table": "recall", "contender": condition, "shares": shares}
+    shares: dict[str, dict[str, list[float]]] = {condition: {} for condition in conditions}
+    for kind, num_facts in NUM_FACTS.items():
+        rows = recall_rows(background, num_facts, distance, evidence.window, evidence.sizes.recall_rows)
+        for row in tqdm(rows, desc=f"{name}: {kind}, {distance} windows"):
+            for condition, hits in zip(conditions, recall(contender, row, list(conditions.values())), strict=True):
+                shares[condition].setdefault(kind, []).append(sum(hits) / len(hits))
+    for condition, found in shares.items():
+        yield {"table": "recall", "contender": condition, "distance": distance, "shares": found}
 
 
 @torch.no_grad()
@@ -276,7 +282,7 @@ def cost_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
     yield {"table": "cost", "contender": name, "position": position, "ms": milliseconds, "state_bytes": carried}
 
 
-TABLES: dict[str, Callable[[str, Evidence], Iterator[dict[str, Any]]]] = {
+TABLES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "text": document_lines,
     "stream": stream_lines,
     "recall": recall_lines,
@@ -285,33 +291,46 @@ TABLES: dict[str, Callable[[str, Evidence], Iterator[dict[str, Any]]]] = {
 }
 
 
-def units(evidence: Evidence, tables: Sequence[str] = tuple(TABLES)) -> list[tuple[str, str]]:
-    """What there is to measure, as pairs of table and contender."""
+class Unit(NamedTuple):
+    """What is measured in one go: a table, a contender, and in recall a distance."""
+
+    table: str
+    contender: str
+    distance: int | None = None
+
+
+def units(evidence: Evidence, tables: Sequence[str] = tuple(TABLES)) -> list[Unit]:
+    """What there is to measure."""
     names = list(contenders(evidence.model, evidence.source))
     wanted = {"stream": [name for name in names if name != FULL], "chat": [OURS], "cost": [OURS, FULL]}
-    return [(table, name) for table in tables for name in wanted.get(table, names)]
+    distances: dict[str, Sequence[int | None]] = {"recall": evidence.sizes.windows}
+    return [
+        Unit(table, name, distance)
+        for table in tables
+        for name in wanted.get(table, names)
+        for distance in distances.get(table, [None])
+    ]
 
 
-def measure(evidence: Evidence, file: Path, chosen: Sequence[tuple[str, str]]) -> None:
-    """Adds a line of JSON for each unit whose line is not in the file yet.
+def measure(evidence: Evidence, file: Path, chosen: Sequence[Unit]) -> None:
+    """Adds lines of JSON for each unit that has none in the file yet.
 
     Args:
         evidence: What is measured.
         file: JSON lines; made if it does not exist.
-        chosen: Pairs of table and contender.
+        chosen: Units.
     """
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    done = {(line["table"], line["contender"]) for line in lines}
+    done = {Unit(line["table"], line["contender"], line.get("distance")) for line in lines}
     facts = environment(("torch", "transformers")) | {"dtype": str(evidence.model.dtype).removeprefix("torch.")}
-    for table, name in chosen:
-        if (table, name) in done:
+    for unit in chosen:
+        if unit in done:
             continue
+        arguments = [unit.contender, evidence] + ([] if unit.distance is None else [unit.distance])
         with torch.no_grad():
-            found = [
-                json.dumps({**line, "environment": facts}, allow_nan=False) for line in TABLES[table](name, evidence)
-            ]
-        with file.open("a", encoding="utf-8") as lines_file:
-            lines_file.writelines(f"{line}\n" for line in found)
+            found = [{**line, "environment": facts} for line in TABLES[unit.table](*arguments)]
+        with file.open("a", encoding="utf-8") as open_file:
+            open_file.writelines(f"{json.dumps(line, allow_nan=False)}\n" for line in found)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -344,7 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
     evidence = Evidence(model.eval(), source.eval(), AutoTokenizer.from_pretrained(args.source), sizes)
     chosen = units(evidence, args.tables)
     if args.contenders is not None:
-        chosen = [unit for unit in chosen if unit[1].startswith(tuple(args.contenders))]
+        chosen = [unit for unit in chosen if unit.contender.startswith(tuple(args.contenders))]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / "lines.jsonl"
     measure(evidence, file, chosen)

@@ -93,17 +93,27 @@ def recovered(lines: dict[str, Line]) -> str:
     return "Share of the gap to full attention that ours makes good, beyond our window: " + "; ".join(shares) + "."
 
 
-def recall_table(lines: dict[str, Line], kind: str) -> str:
+def recall_shares(lines: Sequence[Line], kind: str) -> dict[str, dict[int, list[float]]]:
+    """Share of right answers of each row, by contender and distance."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for distance in sorted({line["distance"] for line in lines if line["table"] == "recall"}):
+        for name, line in of_table([line for line in lines if line.get("distance") == distance], "recall").items():
+            found.setdefault(name, {})[distance] = line["shares"][kind]
+    return found
+
+
+def recall_table(lines: Sequence[Line], kind: str) -> str:
     """Share of right answers by distance."""
-    distances = list(next(iter(lines.values()))["shares"][kind])
-    rows = [[name, *(pair(line["shares"][kind][each]) for each in distances)] for name, line in lines.items()]
-    return markdown([f"{kind}: windows back", *distances], rows)
+    shares = recall_shares(lines, kind)
+    distances = sorted({distance for each in shares.values() for distance in each})
+    rows = [[name, *(pair(each[d]) if d in each else "" for d in distances)] for name, each in shares.items()]
+    return markdown([f"{kind}: windows back", *map(str, distances)], rows)
 
 
 def tables(lines: Sequence[Line]) -> str:
     """Everything that was measured, in words and tables."""
     parts = []
-    by_table = {name: of_table(lines, name) for name in ("text", "stream", "recall", "chat", "cost")}
+    by_table = {name: of_table(lines, name) for name in ("text", "stream", "chat", "cost")}
     if text := by_table["text"]:
         number = len(next(iter(text.values()))["bits"])
         parts.append(f"Bits per byte by position, {number} held-out plays, mean ± standard error over plays:")
@@ -112,10 +122,9 @@ def tables(lines: Sequence[Line]) -> str:
         parts += [recovered(text)] if {"ours", "full attention"} <= set(text) else []
     if stream := by_table["stream"]:
         parts += ["Bits per byte of one stream, the King James Bible:", bits_table(stream, 0)]
-    if recall := by_table["recall"]:
-        number = len(next(iter(next(iter(recall.values()))["shares"]["needle"].values())))
-        parts.append(f"Share of codes told in held-out plays that are given when asked for, {number} rows a cell:")
-        parts += [recall_table(recall, kind) for kind in next(iter(recall.values()))["shares"]]
+    if kinds := next((line["shares"] for line in lines if line["table"] == "recall"), None):
+        parts.append("Share of codes, told in held-out plays, that are given when asked for; ± over rows:")
+        parts += [recall_table(lines, kind) for kind in kinds]
     if chat := by_table["chat"]:
         same = next(iter(chat.values()))["same"]
         parts.append(f"Of {len(same)} chat prompts, {sum(same)} are answered with the same 32 tokens as by the source.")
@@ -141,10 +150,8 @@ def plot(lines: Sequence[Line], path: Path) -> None:
         columns = zip(*per_byte(line), strict=True)
         means = [sum(column) / len(column) for column in columns][:-1]
         left.plot(line["edges"][1:], means, marker="o", label=name, linewidth=2.5 if name == "ours" else 1.2)
-    for name, line in of_table(lines, "recall").items():
-        shares = line["shares"]["key/value"]
-        places = [int(distance) for distance in shares]
-        right.plot(places, [sum(each) / len(each) for each in shares.values()], marker="o", label=name)
+    for name, shares in recall_shares(lines, "key/value").items():
+        right.plot(list(shares), [statistics.fmean(each) for each in shares.values()], marker="o", label=name)
     left.set(title="Held-out plays", xlabel="tokens read so far", ylabel="bits per byte")
     right.set(title="One of four codes, told in a play", xlabel="windows back", ylabel="right answers")
     for axes in (left, right):

@@ -8,6 +8,7 @@ Shapes: B rows, T columns of a batch, S segment length.
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from .data import IGNORED
 from .lane_state import Call, Columns, LaneState, begin_documents, read_columns
 from .lanes import Lanes, StreamedLanes
 from .monitoring import RMTMemoryCallback
+from .shared_out import is_shared_out, load_optimizer, load_weights, save_optimizer
 from .training_arguments import RMTTrainingArguments, StreamSchedule
 
 
@@ -40,6 +42,19 @@ class LaneSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         first = self.epoch * len(self.lanes)
         return iter(range(first, first + len(self.lanes)))
+
+
+@contextmanager
+def _without_optimizer(model: Any = None, args: Any = None, *others: Any, **named: Any) -> Iterator[None]:
+    """Lets `Trainer` believe that only weights are saved: it refuses more if processes share them out."""
+    saves_more = is_shared_out(model) and args is not None and not args.save_only_model
+    if saves_more:
+        args.save_only_model = True
+    try:
+        yield
+    finally:
+        if saves_more:
+            args.save_only_model = False
 
 
 class RMTTrainer(Trainer):
@@ -61,7 +76,8 @@ class RMTTrainer(Trainer):
         self._lanes, self._evaluated = LaneState(), LaneState()
         self._sampler: LaneSampler | None = None
         self._unfinished: Path | None = None  # where a checkpoint is being written
-        super().__init__(*args, **kwargs)
+        with _without_optimizer(*args, **kwargs):
+            super().__init__(*args, **kwargs)
         if not isinstance(self.args, RMTTrainingArguments):
             raise ValueError(
                 f"args must be RMTTrainingArguments, got {type(self.args).__name__}: they take what those take, and "
@@ -350,6 +366,24 @@ class RMTTrainer(Trainer):
         """What must be the same when a run goes on."""
         names = ("stream_length", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
         return {**{name: getattr(self.args, name) for name in names}, "data_seed": self._data_seed}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """As every `Trainer`; and weights that processes share out."""
+        if not is_shared_out(self.model):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return load_weights(Path(resume_from_checkpoint), self.model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As every `Trainer`; and of weights that processes share out."""
+        if not is_shared_out(self.model):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        return save_optimizer(Path(output_dir), self.model, self.optimizer, self.lr_scheduler, self.args.should_save)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As every `Trainer`; and of weights that processes share out."""
+        if checkpoint is None or not is_shared_out(self.model):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        return load_optimizer(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)

@@ -1,0 +1,96 @@
+"""Checkpoints to go on from exactly, of a model whose weights processes share out (`DistributedConfig`).
+
+`Trainer` refuses these: it writes weights alone and reads none. Here the parts are gathered by torch, written as one
+safetensors file and one of JSON, as if one process had trained, and dealt out again. A home file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+
+TENSORS_NAME, NUMBERS_NAME = "optimizer.safetensors", "optimizer.json"
+
+
+def is_shared_out(model: Any) -> bool:
+    """Whether transformers has dealt the weights of a model out to processes."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+def save_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any, writes: bool) -> None:
+    """Gathers and writes the state of optimizer and schedule; all processes take part.
+
+    Args:
+        folder: Where to.
+        model: Whose parameters are optimized.
+        optimizer: Of torch, maybe wrapped by accelerate.
+        scheduler: Of the learning rate.
+        writes: Whether this process writes; one does.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole: Any = get_optimizer_state_dict(model, _plain(optimizer), options=options)
+    if not writes:
+        return
+    tensors = {  # "exp_avg.model.norm.weight", say
+        f"{kind}.{name}": tensor.contiguous()
+        for name, state in whole["state"].items()
+        for kind, tensor in state.items()
+    }
+    save_file(tensors, folder / TENSORS_NAME)
+    text = json.dumps({"param_groups": whole["param_groups"], "scheduler": scheduler.state_dict()})
+    (folder / NUMBERS_NAME).write_text(text, "utf-8")
+
+
+def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> None:
+    """Deals out what `save_optimizer` wrote; all processes take part.
+
+    Args:
+        folder: Of the checkpoint.
+        model: Whose parameters are optimized.
+        optimizer: Changed in place.
+        scheduler: Changed in place.
+    """
+    numbers = json.loads((folder / NUMBERS_NAME).read_text("utf-8"))
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for place, tensor in load_file(folder / TENSORS_NAME).items():
+        kind, _, name = place.partition(".")
+        state.setdefault(name, {})[kind] = tensor
+    whole: Any = {"state": state, "param_groups": numbers["param_groups"]}
+    set_optimizer_state_dict(model, _plain(optimizer), whole, options=StateDictOptions(full_state_dict=True))
+    scheduler.load_state_dict(numbers["scheduler"])
+
+
+def load_weights(folder: Path, model: Any) -> None:
+    """Deals out the weights of a checkpoint; all processes take part.
+
+    Args:
+        folder: With one safetensors file, or several.
+        model: Changed in place.
+
+    Raises:
+        ValueError: If a weight is missing that the model does not tie to another, or one is left over.
+    """
+    tensors: dict[str, Any] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        tensors |= load_file(file)
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    found = set_model_state_dict(model, tensors, options=options)
+    missing = set(found.missing_keys) - set(getattr(model, "all_tied_weights_keys", ()))
+    if missing or found.unexpected_keys:
+        raise ValueError(
+            f"The weights in {folder} are not those of the model: {sorted(missing)[:5]} are missing, "
+            f"{sorted(found.unexpected_keys)[:5]} are left over. Was the checkpoint written by this run?"
+        )
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)

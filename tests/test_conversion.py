@@ -206,11 +206,14 @@ def test_folders_by_command_line(tmp_path, capsys) -> None:
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(tmp_path / "source")
     options = ["--segment-length", "8", "--chunk-length", "4", "--num-memory-slots", "8", "--num-slots-per-chunk", "2"]
+    options += ["--no-use-local-attention"]
     main([str(tmp_path / "source"), str(tmp_path / "deep" / "target"), *options])
     assert "parameters are trained (" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "target", dtype="auto")
     assert isinstance(model, RMTForCausalLM) and model.dtype == torch.bfloat16
     assert (model.config.segment_length, model.config.num_slots_per_chunk) == (8, 2)
+    assert model.config.use_attention_sink and not model.config.use_local_attention
+    assert model.model.layers[1].self_attn.sink.value.abs().max() > 0.1  # of a token, not 0 as in a new model
     assert model.generation_config.temperature == 0.25
     loaded = AutoTokenizer.from_pretrained(tmp_path / "deep" / "target")
     assert loaded.chat_template == tokenizer.chat_template and loaded("w5 w7").input_ids == [5, 7]

@@ -3,8 +3,9 @@
     python -m rmt_hf.conversion SOURCE TARGET --segment-length 256 --num-memory-slots 64
 
 A converted model computes what its source computes, as long as the input fits into the window; beyond it, what the
-source computes if it sees the window alone. Memory and the local path are there, but count for nothing until they are
-trained: their share begins at zero. A home file: it does not travel with the weights.
+source computes if it sees the window and a begin-of-text token before it (the attention sink). Memory and the local
+path are there, but count for nothing until they are trained: their share begins at zero. A home file: it does not
+travel with the weights.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
     """A pretrained model as an RMT model that computes the same, with memory that is ready to be trained.
 
     Tensors are shared with the source, not copied. What is new: the query of memory begins as a copy of the source's
-    query, the share of local path and memory at zero, the rest as in a new model.
+    query, the share of local path and memory at zero, the sink as a begin-of-text token, the rest as in a new model.
 
     Args:
         source: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM.
@@ -311,6 +312,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("segment_length", "chunk_length", "num_lookback_segments", "num_memory_slots", "num_slots_per_chunk"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(RMTConfig, name))
     parser.add_argument("--memory-write", default=RMTConfig.memory_write)
+    for name in ("use_attention_sink", "use_local_attention"):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=True)
     args = vars(parser.parse_args(arguments))
     source, target, back = (args.pop(name) for name in ("source", "target", "back"))
     share = convert(source, target, back, **({} if back else args))

@@ -28,7 +28,8 @@ TINY = {
     "--logging_steps 2 --per_device_train_batch_size 2 --use_cpu --disable_tqdm True",
     "04_a_million_tokens.py": "--lengths 300 --dtypes float32",
     "05_give_a_model_memory.py": "--stages 320:2 384:2 --save-steps 2 --logging-steps 1 --max-documents 2 "
-    "--chunk-length 16 --num-slots-per-chunk 1 --num-memory-slots 16 --threads 1 --evidence --documents 2 --document-tokens 400 --windows 2 --recall-rows 2",
+    "--chunk-length 16 --num-slots-per-chunk 1 --num-memory-slots 16 --threads 1 "
+    "--evidence --documents 2 --document-tokens 400 --windows 2 --recall-rows 2",
     "06_chat.py": "--max-new-tokens 8 --threads 1",
     "07_recall_at_a_million.py": "--steps 2 --lengths 256 --tokens-per-step 512 --streams 2 --distances 64 192 "
     "--threads 1",

@@ -112,13 +112,14 @@ def test_facts_stand_where_they_are_said_to_stand(tokenizer):
         ids = row.input_ids[0].tolist()
         told = tokenizer.decode(ids).partition("\nQuestion: ")[0]
         first = len(tokenizer.encode(told, add_special_tokens=False))
-        assert len(row.answers) == 4
+        assert len(row.answers) == 4 and tokenizer.decode(ids).count("Answer: ") == 5
         assert "secret code of" in tokenizer.decode(ids[first - 512 : first - 256])
         assert not any(
             "secret code of" in tokenizer.decode(part) for part in (ids[: first - 514], ids[first - 254 : first])
         )
         for columns in row.answers:
-            assert tokenizer.decode([ids[column] for column in columns]).strip() in told
+            code = tokenizer.decode([ids[column] for column in columns]).strip()
+            assert len(code) == 4 and code in told
 
 
 def test_recall_is_what_the_likeliest_tokens_say(evidence, tokenizer):

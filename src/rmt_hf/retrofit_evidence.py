@@ -39,6 +39,7 @@ OURS, EMPTIED, PASSED_ON = "ours", "ours, memory emptied", "ours, memory of anot
 CONTROLS = {EMPTIED: empty_memories, PASSED_ON: pass_on_memories}
 FULL = "full attention"
 NUM_FACTS = {"needle": 1, "key/value": 4}
+EXAMPLE = "What is the secret code of Atlantis?\nAnswer: 3141"  # shows the form, which ours has been taught
 ROOM = 64  # tokens of a row for each question, and for as much before the facts
 ANSWER_TOKENS = 32
 DECODED_TOKENS = 32
@@ -188,6 +189,8 @@ class Asked(NamedTuple):
 def recall_rows(background: Background, num_facts: int, num_windows: int, window: int, count: int) -> list[Asked]:
     """Rows that ask for all codes told in them, at `num_windows` windows before the first question or one less.
 
+    Before the first question one is answered that nothing was told about, as an example.
+
     Args:
         background: Text that was not trained on.
         num_facts: Codes in a row.
@@ -198,7 +201,9 @@ def recall_rows(background: Background, num_facts: int, num_windows: int, window
     rng, rows = random.Random(f"{num_facts} {num_windows}"), []
     span = ((num_windows - 1) * window, num_windows * window)
     for _ in range(count):
-        row = ask_all(code_stories(num_facts, rng), background, span[1] + ROOM * (1 + num_facts), span, rng)
+        first, *others = code_stories(num_facts, rng)
+        stories = [first._replace(question=f"{EXAMPLE}\nQuestion: {first.question}"), *others]
+        row = ask_all(stories, background, span[1] + ROOM * (2 + num_facts), span, rng)
         is_answer = [label != IGNORED for label in row["labels"]]
         runs = itertools.groupby(range(len(is_answer)), key=is_answer.__getitem__)
         answers = [list(columns) for is_run, columns in runs if is_run]

@@ -147,7 +147,7 @@ def test_a_step_reads_nothing_back_from_a_device(fields) -> None:
 
 def test_ids_are_checked_in_prompts_only_where_that_costs_a_read(monkeypatch) -> None:
     checked = []
-    monkeypatch.setattr("rmt_hf.modeling_rmt.check_ids", lambda ids, size: checked.append(ids.shape[1]))
+    monkeypatch.setattr("rmt_hf.inputs_rmt.check_ids", lambda ids, size: checked.append(ids.shape[1]))
     with torch.device("meta"), torch.no_grad():
         model, ids = make_model(1).eval(), torch.zeros(2, 43, dtype=torch.long)
         cache = model(ids, use_cache=True).past_key_values

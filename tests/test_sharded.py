@@ -31,6 +31,7 @@ FORMS: dict[str, dict] = {
         **{"use_local_attention": False, "num_lookback_segments": 2},
     },
 }
+PIPELINE = ("default", "paper")
 SHARED_OUT = {"tensor parallelism": {"tp_size": 2}, "FSDP2": {"fsdp_size": 2}}
 RUNS: dict[str, dict] = {
     "one call": {"bptt_segments": 0},
@@ -134,6 +135,34 @@ def test_a_run_that_was_cut_goes_on_exactly(of_two: tuple[Path, dict]) -> None:
     assert not {"optimizer.pt", "scheduler.pt"} & files
 
 
+@pytest.mark.parametrize("form", PIPELINE)
+def test_a_pipeline_of_two_stages_is_the_model(form: str, of_two: tuple[Path, dict]) -> None:
+    """Whole rows, padded rows, tokens one by one, generated tokens; each stage has the state of its own layers."""
+    found, expected = of_two[1][f"pipeline: {form}"], outputs_of_pipeline(tiny_model(**FORMS[form]))
+    assert found.pop("layers with state") == 1 and expected.pop("layers with state") == 2
+    assert found.keys() == expected.keys()
+    for name, numbers in expected.items():
+        torch.testing.assert_close(
+            torch.tensor(found[name]), torch.tensor(numbers), rtol=0, atol=1e-9, msg=lambda text, name=name: name + text
+        )
+
+
+@torch.no_grad()
+def outputs_of_pipeline(model: RMTForCausalLM) -> dict:
+    """What a model says, also one that is shared out to the stages of a pipeline."""
+    ids = tiny_ids(2, 9 * S + 3)
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    steps, cache = read(model, ids[:, : 7 * S], [S + 3, *[1] * (4 * S)])
+    cache.crop(-3)
+    after = model(ids[:, : S + 1], past_key_values=model.memorize(ids, past_key_values=cache)).logits
+    tokens = model.generate(ids[:, : 2 * S + 3], max_new_tokens=3 * S, do_sample=False, eos_token_id=None)
+    found = {"logits": model(ids).logits, "padded": model(ids, attention_mask=mask).logits * mask[..., None]}
+    found |= {"steps": steps, "after": after, "tokens": tokens.double()}
+    states = sum(layer.state is not None for layer in cache.layers)
+    return {name: tensor.double().flatten().tolist() for name, tensor in found.items()} | {"layers with state": states}
+
+
 class Cut(TrainerCallback):
     """Ends a run after two steps."""
 
@@ -183,14 +212,16 @@ def test_the_plan_names_what_is_there() -> None:
 def test_what_cannot_be_shared_out_is_refused(of_two: tuple[Path, dict]) -> None:
     found = of_two[1]["refused"]
     assert "tp_size must divide num_key_value_heads (1), got 2" in found["heads"]
-    assert "pp_size must be 1, got 2" in found["pipeline"]
+    assert "pp_size must be at most num_hidden_layers (1), got 2" in found["pipeline"]
+    assert "those of one stage of a pipeline" in found["stage"]
     assert "fsdp" in found["plugin"] and "DistributedConfig(fsdp_size=" in found["plugin"]
     assert "heads of one process" in found["state"]
 
 
 def refusals(folder: Path) -> dict[str, str]:
     """What is said to those who ask for what cannot be."""
-    tiny_model(num_key_value_heads=1).save_pretrained(folder / "one head", is_main_process=os.environ["RANK"] == "0")
+    for name, fields in (("one head", {"num_key_value_heads": 1}), ("one layer", {"num_hidden_layers": 1})):
+        tiny_model(**fields).save_pretrained(folder / name, is_main_process=os.environ["RANK"] == "0")
     torch.distributed.barrier()
 
     def state() -> None:
@@ -203,7 +234,8 @@ def refusals(folder: Path) -> dict[str, str]:
 
     attempts = {
         "heads": lambda: load("one head", tp_size=2),
-        "pipeline": lambda: load("default", pp_size=2),
+        "pipeline": lambda: load("one layer", pp_size=2),
+        "stage": lambda: load("default", pp_size=2).memorize(tiny_ids(1, 5 * S)).save_pretrained(folder / "state"),
         "plugin": lambda: RMTTrainer(tiny_model(), RMTTrainingArguments(str(folder), use_cpu=True, fsdp=True)),
         "state": state,
     }
@@ -228,6 +260,10 @@ def main(folder: Path) -> None:
         config = DistributedConfig(fsdp_size=2)
         model = RMTForCausalLM.from_pretrained(folder / "default", distributed_config=config)
         found[name] = train(model, folder / name, name)
+    for form in PIPELINE:
+        config = DistributedConfig(pp_size=2)
+        model = RMTForCausalLM.from_pretrained(folder / form, distributed_config=config).eval()
+        found[f"pipeline: {form}"] = outputs_of_pipeline(model)
     found |= cut_and_go_on(folder)
     found["refused"] = refusals(folder)
     if rank == 0:

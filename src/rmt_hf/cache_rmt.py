@@ -157,7 +157,8 @@ class RMTCache(Cache):
         num_columns = layout.num_columns
         recent, is_real = self.recent_is_real, layout.is_real
         if is_real is None:
-            is_real = states[0].keys.new_ones(batch_size, num_columns, dtype=torch.bool)
+            keys = next(state for state in states if state is not None).keys
+            is_real = keys.new_ones(batch_size, num_columns, dtype=torch.bool)
         if recent is None:
             recent = is_real.new_zeros(batch_size, segment)
         if layout.remembered is not None:  # what is before the last document of a row cannot be taken back
@@ -203,7 +204,7 @@ class RMTCache(Cache):
         if any(crossed):
             rows = torch.tensor(crossed)
             for layer in self.layers:
-                layer.state = cast(LayerState, layer.state).rewind_rows(rows, segment)
+                layer.state = None if layer.state is None else layer.state.rewind_rows(rows, segment)
         # Columns more than S back are not known again: what comes in at the left is never asked for.
         self.recent_is_real = torch.cat([torch.zeros_like(recent[:, :columns]), recent[:, :-columns]], 1)
         self.positions = ends
@@ -298,7 +299,8 @@ class RMTCache(Cache):
                 )
         stacked = caches[0]._copy()
         for index, layer in enumerate(stacked.layers):
-            layer.state = LayerState.stack([cast(LayerState, cache.layers[index].state) for cache in caches])
+            states = [cache.layers[index].state for cache in caches]
+            layer.state = None if None in states else LayerState.stack(cast(list[LayerState], states))
         stacked.recent_is_real = torch.cat([cast(torch.Tensor, cache.recent_is_real) for cache in caches])
         stacked.positions = [position for cache in caches for position in cache.positions]
         stacked.num_columns = max(cache.num_columns for cache in caches)
@@ -319,11 +321,16 @@ class RMTCache(Cache):
             directory: Made if it does not exist. Other files in it stay; a state in it is replaced in one step.
 
         Raises:
-            ValueError: If the state is empty, not finite, or of a part of the heads; nothing is written then.
+            ValueError: If the state is empty, not finite, or of a part of the heads or layers; nothing is written then.
         """
         if not self.is_initialized:
             raise ValueError(
                 "The state to save must have read something, got an empty one: begin with RMTCache(config)."
+            )
+        if any(layer.state is None for layer in self.layers):
+            raise ValueError(
+                "A state that is saved must have all layers, got those of one stage of a pipeline: let a model that is "
+                "not shared out read the text."
             )
         num_heads = cast(LayerState, self.layers[0].state).keys.shape[1]
         wanted = self.fingerprint["num_key_value_heads"]

@@ -73,6 +73,11 @@ class RMTConfig(PreTrainedConfig):
     """
 
     model_type = "rmt"
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
     keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 32000

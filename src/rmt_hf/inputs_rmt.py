@@ -3,7 +3,7 @@
 Shapes: B rows, T columns of a call, E hidden size.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,11 +94,28 @@ def clear_padding(inputs_embeds: torch.Tensor, is_real: torch.Tensor | None, che
     return inputs_embeds
 
 
-def check_embeds(inputs_embeds: torch.Tensor, hidden_size: int) -> None:
-    """Refuses embeddings that are not (B, T, `hidden_size`)."""
-    check_axes("inputs_embeds", inputs_embeds, ("batch", "columns", "hidden_size"))
-    if inputs_embeds.shape[2] != hidden_size:
-        raise ValueError(f"inputs_embeds must be hidden_size ({hidden_size}) wide, got {inputs_embeds.shape[2]}.")
+def embed(
+    embed_tokens: Any, hidden_size: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> torch.Tensor:
+    """Embeddings of checked inputs, (B, T, E); ValueError if they are not what they should be."""
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"Exactly one of input_ids and inputs_embeds is wanted, got {got}: give one of them.")
+    if inputs_embeds is not None:
+        check_axes("inputs_embeds", inputs_embeds, ("batch", "columns", "hidden_size"))
+        if inputs_embeds.shape[2] != hidden_size:
+            raise ValueError(f"inputs_embeds must be hidden_size ({hidden_size}) wide, got {inputs_embeds.shape[2]}.")
+        return inputs_embeds
+    ids = cast(torch.Tensor, input_ids)
+    check_axes("input_ids", ids, ("batch", "columns"))
+    # A CPU refuses such ids itself. Elsewhere looking at them means waiting, which decoding should not do.
+    if ids.device.type != "cpu" and ids.shape[1] > 1:
+        check_ids(ids, embed_tokens.num_embeddings)
+    try:
+        return embed_tokens(ids)
+    except IndexError:
+        check_ids(ids, embed_tokens.num_embeddings)
+        raise
 
 
 def check_labels(labels: torch.Tensor | None, inputs: torch.Tensor | None) -> None:
@@ -118,7 +135,7 @@ def check_processes(distributed_config: Any, config: RMTConfig) -> None:
         config: Of the model.
 
     Raises:
-        ValueError: If key/value heads cannot be dealt out evenly, or a pipeline is wanted.
+        ValueError: If key/value heads cannot be dealt out evenly, or a pipeline has more stages than layers.
     """
     tp_size, pp_size = (getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size"))
     num_heads, _ = config.key_value_shape
@@ -127,8 +144,8 @@ def check_processes(distributed_config: Any, config: RMTConfig) -> None:
             f"tp_size must divide num_key_value_heads ({num_heads}), got {tp_size}: memory belongs to a head and "
             "cannot be split any further. Use fewer processes, or fsdp_size."
         )
-    if pp_size > 1:
+    if pp_size > config.num_hidden_layers:
         raise ValueError(
-            f"pp_size must be 1, got {pp_size}: the layers of a call share a plan and one state, which a pipeline of "
-            "processes would take apart. Use fsdp_size or tp_size."
+            f"pp_size must be at most num_hidden_layers ({config.num_hidden_layers}), got {pp_size}: every stage of a "
+            "pipeline needs a layer. Use fewer processes."
         )

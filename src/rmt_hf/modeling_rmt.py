@@ -33,13 +33,12 @@ from .cache_rmt import RMTCache
 from .configuration_rmt import RMTConfig
 from .generation_rmt import RMTGeneration
 from .inputs_rmt import (
-    check_axes,
     check_cache_type,
-    check_embeds,
     check_ids,
     check_labels,
     check_processes,
     clear_padding,
+    embed,
     real_columns,
     refuse_reentrant_checkpoints,
     stream_starts,
@@ -182,10 +181,12 @@ class RMTPreTrainedModel(PreTrainedModel):
         (num_rows, num_columns), segment = input_ids.shape, self.config.segment_length
         size = max(1, MEMORIZE_TOKENS // num_rows // segment) * segment
         starts = range(0, num_columns, size)
+        # A pipeline is a matter of the model with its head, and sends nothing between stages but in its forward.
+        reader = partial(self, logits_to_keep=1) if hasattr(self, "_pp_stage") else self.base_model
         for start in logging.tqdm(starts, desc="Memorizing", unit=f"x{size} tokens", disable=not show_progress):
             columns = slice(start, start + size)
             mask = None if attention_mask is None else attention_mask[:, columns]
-            self.base_model(input_ids=input_ids[:, columns], attention_mask=mask, past_key_values=cache)
+            reader(input_ids=input_ids[:, columns], attention_mask=mask, past_key_values=cache)
         return cache
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -274,7 +275,7 @@ class RMTModel(RMTPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
     ) -> tuple[torch.Tensor, CallLayout]:
         """Checks everything, before anything changes: embeddings (B, T, E), and where their columns belong."""
-        inputs_embeds = self._embed(input_ids, inputs_embeds)
+        inputs_embeds = embed(self.embed_tokens, self.config.hidden_size, input_ids, inputs_embeds)
         batch_size, num_columns = inputs_embeds.shape[:2]
         if cache is not None and self.training and torch.is_grad_enabled():
             refuse_reentrant_checkpoints(self.layers)
@@ -303,11 +304,11 @@ class RMTModel(RMTPreTrainedModel):
             position_embeddings = self.rotary_emb(layout.position_ids, hidden_states.dtype)
         if layout.form == SEGMENTS and layout.write_position_ids is not None:
             position_embeddings += self.rotary_emb(layout.write_position_ids, hidden_states.dtype)
-        sink_ids = layout.sink_position_ids
-        sink_embeddings = None if sink_ids is None else self.rotary_emb(sink_ids, hidden_states.dtype)
-        states = []
+        ids = layout.sink_position_ids
+        sink_embeddings = None if ids is None else self.rotary_emb(ids, hidden_states.dtype)
+        states: list[Any] = []
         for index, (layer, token) in enumerate(zip(self.layers, tokens, strict=True)):
-            hidden_states, state = layer(
+            found = layer(
                 hidden_states,
                 layout=layout,
                 position_embeddings=position_embeddings,
@@ -318,14 +319,15 @@ class RMTModel(RMTPreTrainedModel):
                 turn=turn,
                 sink_embeddings=sink_embeddings,
             )
+            # In the place of a layer of another stage of a pipeline stands an identity, which has no state.
+            hidden_states, state = found if isinstance(found, tuple) else (found, None)
             states.append(state)
         return self.norm(hidden_states), states, turn is not None
 
     def _turn(self, layout: CallLayout) -> Turn | None:
         """What the layers want to move on the rows that a step brings to the end of their segment; None if it has none.
 
-        Layers turn within their forward pass, since weights that processes share out (FSDP) are whole only there. A
-        compiled step, which is to be the same at every position, is turned after it.
+        They do so in their forward pass, where weights that are shared out (FSDP) are whole; after a compiled step.
         """
         due = layout.due_rows(self.config.segment_length)
         if due is None:
@@ -338,28 +340,9 @@ class RMTModel(RMTPreTrainedModel):
         """Hands the states over, turned if the layers have not done it."""
         turn = None if has_turned else self._turn(layout)
         if turn is not None:
-            attentions = [cast(RMTDecoderLayer, layer).self_attn for layer in self.layers]
-            states = [attention.turn(state, *turn) for attention, state in zip(attentions, states, strict=True)]
+            pairs = zip(cast(Any, self.layers), states, strict=True)
+            states = [layer.self_attn.turn(state, *turn) for layer, state in pairs]
         cache.commit(states, layout)
-
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings of checked inputs, (B, T, E)."""
-        if (input_ids is None) == (inputs_embeds is None):
-            got = "neither" if input_ids is None else "both"
-            raise ValueError(f"Exactly one of input_ids and inputs_embeds is wanted, got {got}: give one of them.")
-        if inputs_embeds is not None:
-            check_embeds(inputs_embeds, self.config.hidden_size)
-            return inputs_embeds
-        ids = cast(torch.Tensor, input_ids)
-        check_axes("input_ids", ids, ("batch", "columns"))
-        # A CPU refuses such ids itself. Elsewhere looking at them means waiting, which decoding should not do.
-        if ids.device.type != "cpu" and ids.shape[1] > 1:
-            check_ids(ids, self.embed_tokens.num_embeddings)
-        try:
-            return self.embed_tokens(ids)
-        except IndexError:
-            check_ids(ids, self.embed_tokens.num_embeddings)
-            raise
 
 
 class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # type: ignore[misc]  # hooks take less
@@ -367,6 +350,7 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as every model has it
     _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: RMTConfig) -> None:

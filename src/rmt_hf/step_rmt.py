@@ -86,8 +86,9 @@ def planned_step(model: Any, cache: Any, starts: list[int], like: torch.Tensor) 
 def one_token(model: Any, layout: CallLayout, cache: Any, dtype: torch.dtype) -> list[OneToken]:
     """What each layer of the `RMTModel` wants for a plain step."""
     rotations = layout.rotations or rotations_of(model, layout.position_ids, dtype)[0]
-    reads = layout.reads_memory
-    return [OneToken(rotations, layer.readable_memory(dtype) if reads else None) for layer in cache.layers]
+    reads = [layout.reads_memory and layer.state is not None for layer in cache.layers]
+    pairs = zip(cache.layers, reads, strict=True)
+    return [OneToken(rotations, layer.readable_memory(dtype) if is_read else None) for layer, is_read in pairs]
 
 
 def attend_one_token(

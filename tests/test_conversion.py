@@ -107,6 +107,17 @@ def test_inside_the_window_it_is_the_source(name, dtype, tolerance) -> None:
     torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=tolerance)
 
 
+def test_inside_the_window_it_stays_the_source_whatever_memory_learns() -> None:
+    """Without a local path: memory is all that is new, and it is empty there."""
+    source, ids = make_source("llama"), tiny_ids(2, 3 * WINDOW)
+    model = add_memory(source, use_local_attention=False, **FIELDS)
+    with torch.no_grad():
+        for parameter in memory_parameters(model).values():
+            parameter.normal_()
+        change = (model(ids).logits - source(ids).logits).abs().amax((0, 2))
+    assert change[:WINDOW].max() < 1e-9 and change[WINDOW:].min() > 1e-3
+
+
 @pytest.mark.parametrize("has_sink", [True, False])
 @pytest.mark.parametrize("name", SOURCES)
 def test_beyond_the_window_it_is_the_source_that_sees_the_window(name, has_sink) -> None:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rmt_hf import RMTForCausalLM
 from rmt_hf.data import train_tokenizer
-from test_chats import TEMPLATE
+from test_chat_turns import TEMPLATE
 from tiny import tiny_model, tiny_tokenizer
 
 

@@ -24,6 +24,7 @@ from rmt_hf.retrofit_evidence import (
     contenders,
     cost_lines,
     main,
+    measure,
     recall,
     recall_rows,
     sliding_window,
@@ -74,6 +75,8 @@ def test_contenders_have_our_window_or_our_state(evidence):
     assert names[3] == f"sliding window of {equal}, our state bytes"
     theirs = state_bytes(sliding_window(source, equal + 1), 1, 4 * equal)  # a window sees itself: one less is kept
     assert 0 <= theirs - ours < theirs / equal
+    one_segment = add_memory(source, use_local_attention=False, num_lookback_segments=0, **FIELDS)
+    assert list(contenders(one_segment, source))[4] == f"window of {S} and sink"
     with_sink = window_with_sink(source, equal // 3)
     assert names[5].startswith(f"window of {with_sink.config.window_length} and sink")
     assert abs(state_bytes(with_sink, 1, 4 * equal) - ours) <= 3 * theirs / equal
@@ -208,11 +211,39 @@ def test_what_is_measured_once_is_not_measured_again(evidence, tmp_path, monkeyp
         *[("text", FULL), ("text", OURS), ("text", EMPTIED), ("text", PASSED_ON)],
         *[("recall", name) for name in (OURS, EMPTIED, OURS, EMPTIED, FULL, FULL)],
     ]
-    assert all(line["environment"]["dtype"] == "float32" for line in lines)
+    assert all(line["settings"]["dtype"] == "float32" for line in lines)
     text = (tmp_path / "out/tables.md").read_text("utf-8")
     assert "| ours | " in text and "key/value: windows back | 4 | 8 |" in text
     assert text in (tmp_path / "card.md").read_text("utf-8")
     assert (tmp_path / "out/retrofit.png").stat().st_size > 10_000
+
+    # Another model, or more of a text, is measured anew, and is what the table shows.
+    add_memory(evidence.source, num_slots_per_chunk=2, **longer).save_pretrained(tmp_path / "model")
+    for more in (["--contenders", "ours"], ["--contenders", "ours", "full", "--document-tokens", "150"]):
+        main([*command, "--tables", "text", *more])
+    again = [json.loads(line) for line in (tmp_path / "out/lines.jsonl").read_text("utf-8").splitlines()]
+    assert again[: len(lines)] == lines
+    found = [(line["contender"], line["edges"][-1]) for line in again[len(lines) :]]
+    assert found == [(name, 200) for name in (OURS, EMPTIED, PASSED_ON)] + [
+        (name, 150) for name in (OURS, EMPTIED, PASSED_ON, FULL)
+    ]
+    assert "| 128–150 |" in (tmp_path / "out/tables.md").read_text("utf-8")
+
+
+def test_a_cut_leaves_all_or_none_of_a_unit(evidence, tmp_path, monkeypatch) -> None:
+    file, ids = tmp_path / "lines.jsonl", tiny_ids(2, 40)
+
+    def lines(name: str, evidence: Evidence):
+        yield from text_lines("text", name, evidence, ids, [0, 16, 40])
+        if name == FULL:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(retrofit_evidence.TABLES, "text", lines)
+    chosen = units(evidence, ["text"])[:2]
+    with pytest.raises(KeyboardInterrupt):
+        measure(evidence, file, chosen)
+    found = [json.loads(line)["contender"] for line in file.read_text("utf-8").splitlines()]
+    assert found == [OURS, EMPTIED, PASSED_ON] and list(tmp_path.iterdir()) == [file]
 
 
 def test_units_are_what_a_table_asks_for(evidence):
@@ -226,7 +257,7 @@ def test_units_are_what_a_table_asks_for(evidence):
 def test_the_share_of_the_gap_is_what_it_is(tmp_path):
     def line(name: str, bits: float) -> dict:
         parts = {"edges": [0, 16, 32], "bits": [[9.0, bits], [9.0, bits]], "bytes": [[10.0, 10.0], [10.0, 10.0]]}
-        return {"table": "text", "contender": name, "environment": {"commit": "x"}, **parts}
+        return {"table": "text", "contender": name, "environment": {"commit": "x"}, "settings": {"dtype": "y"}, **parts}
 
     lines = [line(OURS, 25.0), line(FULL, 20.0), line("a window", 40.0)]
     assert "a window 0.75 of 2.0000" in recovered({each["contender"]: each for each in lines})

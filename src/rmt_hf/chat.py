@@ -18,6 +18,9 @@ from .report import write_whole
 ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for an answer in a template, and is in no real one
 
 
+RECORD_NAME = "chat.json"
+
+
 class Chat:
     """Turns of a user and of a model through transformers' text-generation pipeline, with one state for all of them.
 
@@ -27,7 +30,8 @@ class Chat:
         settings: What `generate` takes: `max_new_tokens`, `do_sample`, ...
 
     Raises:
-        ValueError: If the tokenizer has no chat template, or one that does not show an answer as it is.
+        ValueError: If the tokenizer has no chat template, or one that does not show an answer as it is, or more than
+            one answer is wanted or tried at a time (beams).
 
     Source: ours.
     """
@@ -35,13 +39,17 @@ class Chat:
     def __init__(self, model: RMTForCausalLM, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> None:
         if tokenizer.chat_template is None:
             raise ValueError("tokenizer must have a chat_template, got None: set tokenizer.chat_template first.")
+        for name in ("num_beams", "num_return_sequences"):
+            wanted = settings.get(name, getattr(model.generation_config, name, None)) or 1
+            if wanted > 1:
+                raise ValueError(f"{name} must be 1, got {wanted}: a chat has one state, which goes on in one way.")
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.pipeline: Any = cast(Any, pipeline)("text-generation", model=model, tokenizer=tokenizer)
         self.state = RMTCache(model.config)
         self.end = ""  # what the last answer ended with, which the state has read; nothing if it was cut off
 
     def say(self, message: str, streams: bool = False) -> str:
-        """What the model answers.
+        """What the model answers. If it is interrupted, the chat stands where it stood.
 
         Args:
             message: Of the user.
@@ -50,19 +58,20 @@ class Chat:
         prompt = self._turn(message)
         length = len(self.tokenizer.encode(prompt, add_special_tokens=False))
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-        self.state.begin_prompt()  # what comes is new, however long it is
+        state = self.state.clone()
+        state.begin_prompt()  # what comes is new, however long it is
         found = self.pipeline(
             prompt,
             add_special_tokens=False,
             return_tensors=True,
-            past_key_values=self.state,
+            past_key_values=state,
             streamer=streamer,
             **self.settings,
         )
         answer = found[0]["generated_token_ids"][length:]
         with torch.no_grad():  # `generate` does not read what it has said last
-            self.model(torch.tensor([answer[-1:]], device=self.model.device), past_key_values=self.state)
-        self.end = self._text(answer[-1:]) if answer[-1] in self._ends() else ""
+            self.model(torch.tensor([answer[-1:]], device=self.model.device), past_key_values=state)
+        self.state, self.end = state, self._text(answer[-1:]) if answer[-1] in self._ends() else ""
         return self._text(answer, skip_special_tokens=True)
 
     def _turn(self, message: str) -> str:
@@ -74,7 +83,8 @@ class Chat:
         _, answer, rest = self._render([*before, new]).partition(ANSWER)
         if not answer:
             raise ValueError("chat_template must show answers as they are: this one leaves them out or changes them.")
-        return rest.removeprefix(self.end)
+        begun = rest.lstrip()
+        return begun.removeprefix(self.end) if self.end and begun.startswith(self.end) else rest
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -84,7 +94,7 @@ class Chat:
 
     def _ends(self) -> list[int]:
         """Ids that end an answer."""
-        ends = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = self.settings.get("eos_token_id", getattr(self.model.generation_config, "eos_token_id", None))
         ends = self.tokenizer.eos_token_id if ends is None else ends
         return [] if ends is None else ends if isinstance(ends, list) else [ends]
 
@@ -92,14 +102,11 @@ class Chat:
         """Writes the chat, whose size does not depend on its length.
 
         Args:
-            folder: Where to; replaced if it exists.
+            folder: Where to; made if it does not exist. Other files in it stay.
         """
-
-        def write(path: Path) -> None:
-            self.state.save_pretrained(path)
-            (path / "chat.json").write_text(json.dumps({"end": self.end}), "utf-8")
-
-        write_whole(Path(folder), write)
+        self.state.save_pretrained(folder)
+        text = json.dumps({"end": self.end, "positions": self.state.positions})
+        write_whole(Path(folder) / RECORD_NAME, lambda path: path.write_text(text, "utf-8"))
 
     def load(self, folder: str | Path) -> None:
         """Goes on with a chat that was saved, maybe by another process.
@@ -108,7 +115,13 @@ class Chat:
             folder: What `save` wrote.
 
         Raises:
-            ValueError: As `RMTCache.from_pretrained`: of another model, say.
+            ValueError: As `RMTCache.from_pretrained`, of another model, say; or if saving was cut between two files.
         """
-        self.state = RMTCache.from_pretrained(folder, self.model)
-        self.end = json.loads((Path(folder) / "chat.json").read_text("utf-8"))["end"]
+        state = RMTCache.from_pretrained(folder, self.model)
+        record = json.loads((Path(folder) / RECORD_NAME).read_text("utf-8"))
+        if record["positions"] != state.positions:
+            raise ValueError(
+                f"The state in {folder} must have read {record['positions']} tokens, as {RECORD_NAME} says, got "
+                f"{state.positions}: saving was cut. Begin a new chat, or go on with the state alone."
+            )
+        self.state, self.end = state, record["end"]

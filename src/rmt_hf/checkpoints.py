@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 def seal_checkpoint(folder: Path) -> None:
     """Writes the record of a checkpoint, after which it counts as whole."""
-    files = {name: _digest(folder / name) for name in _file_names(folder)}
+    files = {name: digest(folder / name) for name in _file_names(folder)}
     text = json.dumps({"format_version": 1, "sha256": files}, indent=1) + "\n"
     write_whole(folder / RECORD_NAME, lambda path: path.write_text(text, "utf-8"))
 
@@ -41,10 +41,10 @@ def damage(folder: Path) -> str | None:
         return "there is no such folder"
     try:
         files: dict[str, str] = json.loads((folder / RECORD_NAME).read_text("utf-8"))["sha256"]
-        for name, digest in files.items():
+        for name, written in files.items():
             if not (folder / name).is_file():
                 return f"{name} is missing"
-            if _digest(folder / name) != digest:
+            if digest(folder / name) != written:
                 return f"{name} is not as it was written"
     except FileNotFoundError:
         return f"it has no {RECORD_NAME}, which RMTTrainer writes last"
@@ -75,6 +75,7 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(file.as_posix() for file in files if file.name != RECORD_NAME)
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()

@@ -17,11 +17,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from . import RMTConfig, RMTForCausalLM
+from .evaluation import evaluation_mode
 from .report import write_whole
 
 
@@ -165,10 +173,13 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
 
 @torch.no_grad()
 def _copy_sink(source: PreTrainedModel, model: RMTForCausalLM) -> None:
-    """Takes for the sink what the source makes of a lone begin-of-text token, whose rotary encoding is none."""
-    first = model.config.bos_token_id or 0
-    ids = torch.tensor([[first]], device=source.device)
-    layers = source.base_model(input_ids=ids, use_cache=True).past_key_values.layers
+    """Takes for the sink what the source makes of a lone begin-of-text token, whose rotary encoding is none.
+
+    A source that has no such token gets token 0: at the first place nearly any will do.
+    """
+    ids = torch.tensor([[model.config.bos_token_id or 0]], device=source.device)
+    with evaluation_mode(source):  # checkpointing in training would switch the cache off
+        layers = source.base_model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values.layers
     for layer, attention in zip(layers, (layer.self_attn for layer in model.model.layers), strict=True):
         attention.sink.key.copy_(layer.keys[0, :, 0])
         attention.sink.value.copy_(layer.values[0, :, 0])

@@ -64,8 +64,11 @@ class DecodingStep(nn.Module):
         base = self.model.model
         hidden_states, layout = base.embed_tokens(input_ids), fixed_step(base.config, positions[:, None])
         rotary, states = base.rotary_emb(layout.position_ids, hidden_states.dtype), []
+        ids = layout.sink_position_ids
+        sink = None if ids is None else base.rotary_emb(ids, hidden_states.dtype)
         for layer, state in zip(base.layers, _layer_states(tensors, len(base.layers)), strict=True):
             arguments = {"layout": layout, "position_embeddings": rotary, "state": state, "keep_state": True}
+            arguments |= {"sink_embeddings": sink}
             hidden_states, state = layer(hidden_states, **arguments)
             states += state.tensors()
         return self.model.lm_head(base.norm(hidden_states)), states

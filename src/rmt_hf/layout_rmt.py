@@ -78,7 +78,8 @@ class CallLayout:
             int64; None if no document begins inside the call.
         remembered: Which columns of the call are of the last document of their row, (B, T) bool; None if all are.
         sink_position_ids: Stream position directly before the window of each segment, (B or 1, F) int64: form fresh
-            only those whose window the beginning has left, form step that of the step. None if no token sees a sink.
+            only those whose window the beginning has left, form step that of the step. None if there is no sink; in
+            most calls also if no token sees it, and else a mask says who does.
     """
 
     form: str

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from . import RMTForCausalLM
+from .checkpoints import digest
 from .controls import empty_memories, pass_on_memories, stream_bits
 from .conversion import add_memory
 from .data import IGNORED, chat_openings, king_james, shakespeare, token_byte_counts, tokenize
@@ -31,7 +32,7 @@ from .distillation import ask_all, code_stories
 from .evaluation import position_edges, token_bits
 from .facts import Background, read_background
 from .peers import read, state_bytes
-from .report import environment
+from .report import environment, write_whole
 from .retrofit_report import write_retrofit_report
 
 
@@ -75,12 +76,14 @@ class Evidence(NamedTuple):
         source: With full attention.
         tokenizer: Of both.
         sizes: How much.
+        weights: Which weights ours has: a hash, say.
     """
 
     model: RMTForCausalLM
     source: PreTrainedModel
     tokenizer: Any
     sizes: Sizes
+    weights: str = ""
 
     @property
     def window(self) -> int:
@@ -109,9 +112,10 @@ def sliding_window(source: PreTrainedModel, window: int) -> MistralForCausalLM:
     return model.eval()
 
 
-def window_with_sink(source: PreTrainedModel, segment_length: int) -> RMTForCausalLM:
-    """The source as a converted model without memory: two segments and the sink are all that it sees."""
+def window_with_sink(source: PreTrainedModel, segment_length: int, num_lookback_segments: int = 1) -> RMTForCausalLM:
+    """The source as a converted model without memory: its window and the sink are all that it sees."""
     fields = {"segment_length": segment_length, "chunk_length": segment_length, "num_memory_slots": 0}
+    fields |= {"num_lookback_segments": num_lookback_segments}
     return add_memory(source, use_local_attention=False, **fields).eval()
 
 
@@ -125,15 +129,21 @@ def tokens_of_equal_state(model: RMTForCausalLM) -> int:
 
 def contenders(model: RMTForCausalLM, source: PreTrainedModel) -> dict[str, Callable[[], PreTrainedModel]]:
     """Ours, the source with its full attention, and what it is with windows; each is made when it is called."""
-    window, equal = model.config.window_length, tokens_of_equal_state(model)
+    window, equal, lookback = (
+        model.config.window_length,
+        tokens_of_equal_state(model),
+        model.config.num_lookback_segments,
+    )
+    segment, longer = model.config.segment_length, equal // (lookback + 2)  # a state has one segment more than is seen
     return {
         OURS: lambda: model,
         FULL: source.eval,
         f"sliding window of {window}": partial(sliding_window, source, window),
         f"sliding window of {equal}, our state bytes": partial(sliding_window, source, equal),
-        f"window of {window} and sink": partial(window_with_sink, source, model.config.segment_length),
-        # Such a state holds three segments, of which two to three are seen.
-        f"window of {equal // 3 * 2} and sink, our state bytes": partial(window_with_sink, source, equal // 3),
+        f"window of {window} and sink": partial(window_with_sink, source, segment, lookback),
+        f"window of {longer * (lookback + 1)} and sink, our state bytes": partial(
+            window_with_sink, source, longer, lookback
+        ),
     }
 
 
@@ -317,8 +327,24 @@ def units(evidence: Evidence, tables: Sequence[str] = tuple(TABLES)) -> list[Uni
     ]
 
 
+SIZES_OF = {
+    "text": ("documents", "document_tokens"),
+    "stream": ("stream_tokens",),
+    "recall": ("recall_rows",),
+    "chat": ("prompts",),
+    "cost": ("decode_at",),
+}
+
+
+def settings_of(unit: Unit, evidence: Evidence) -> dict[str, Any]:
+    """What else the figures of a unit depend on."""
+    sizes = {name: getattr(evidence.sizes, name) for name in SIZES_OF[unit.table]}
+    fixed = {"dtype": str(evidence.model.dtype).removeprefix("torch."), "window": evidence.window}
+    return {**sizes, **fixed, "weights": evidence.weights if unit.contender == OURS else ""}
+
+
 def measure(evidence: Evidence, file: Path, chosen: Sequence[Unit]) -> None:
-    """Adds lines of JSON for each unit that has none in the file yet.
+    """Adds lines of JSON for each unit that has none in the file yet, or has been measured with other settings.
 
     Args:
         evidence: What is measured.
@@ -326,16 +352,17 @@ def measure(evidence: Evidence, file: Path, chosen: Sequence[Unit]) -> None:
         chosen: Units.
     """
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    done = {Unit(line["table"], line["contender"], line.get("distance")) for line in lines}
-    facts = environment(("torch", "transformers")) | {"dtype": str(evidence.model.dtype).removeprefix("torch.")}
+    done = [(Unit(line["table"], line["contender"], line.get("distance")), line["settings"]) for line in lines]
+    facts = environment(("torch", "transformers"))
     for unit in chosen:
-        if unit in done:
+        settings = settings_of(unit, evidence)
+        if (unit, settings) in done:
             continue
         arguments = [unit.contender, evidence] + ([] if unit.distance is None else [unit.distance])
         with torch.no_grad():
-            found = [{**line, "environment": facts} for line in TABLES[unit.table](*arguments)]
-        with file.open("a", encoding="utf-8") as open_file:
-            open_file.writelines(f"{json.dumps(line, allow_nan=False)}\n" for line in found)
+            lines += [{**line, "settings": settings, "environment": facts} for line in TABLES[unit.table](*arguments)]
+        text = "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines)
+        write_whole(file, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -365,7 +392,8 @@ def main(arguments: list[str] | None = None) -> None:
     source = AutoModelForCausalLM.from_pretrained(args.source, dtype=dtype)
     model = RMTForCausalLM.from_pretrained(args.model, dtype=dtype)
     sizes = Sizes(**{name: getattr(args, name) for name in Sizes._fields})
-    evidence = Evidence(model.eval(), source.eval(), AutoTokenizer.from_pretrained(args.source), sizes)
+    weights = " ".join(digest(file)[:16] for file in sorted(args.model.glob("*.safetensors")))
+    evidence = Evidence(model.eval(), source.eval(), AutoTokenizer.from_pretrained(args.source), sizes, weights)
     chosen = units(evidence, args.tables)
     if args.contenders is not None:
         chosen = [unit for unit in chosen if unit.contender.startswith(tuple(args.contenders))]

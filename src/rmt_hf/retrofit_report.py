@@ -39,8 +39,10 @@ def write_retrofit_report(file: Path, directory: Path, card: Path | None = None)
 
 
 def of_table(lines: Sequence[Line], table: str) -> dict[str, Line]:
-    """The lines of a table by contender, ours first; of several the last one counts."""
-    found = {line["contender"]: line for line in lines if line["table"] == table}
+    """The lines of a table by contender, ours first; of several the last one counts, and only what is like the last."""
+    chosen = [line for line in lines if line["table"] == table]
+    shapes = [(line.get("edges"), line.get("distance"), len(line.get("bytes", ()))) for line in chosen]
+    found = {line["contender"]: line for line, shape in zip(chosen, shapes, strict=True) if shape == shapes[-1]}
     return dict(sorted(found.items(), key=lambda item: not item[0].startswith("ours")))
 
 
@@ -132,7 +134,8 @@ def tables(lines: Sequence[Line]) -> str:
         rows = [[name, f"{line['ms']:.1f}", f"{line['state_bytes']:,}"] for name, line in cost.items()]
         position = next(iter(cost.values()))["position"]
         parts += [f"After {position:,} tokens:", markdown(["", "CPU ms a token", "state, bytes"], rows)]
-    origins = {json.dumps(line["environment"], sort_keys=True): line["environment"] for line in lines}
+    made = [{**line["environment"], "dtype": line["settings"]["dtype"]} for line in lines]
+    origins = {json.dumps(each, sort_keys=True): each for each in made}
     parts.append("Made by:")
     parts.append(
         "\n".join("- " + ", ".join(f"{name} {value}" for name, value in each.items()) for each in origins.values())

@@ -1,7 +1,7 @@
-"""Checkpoints to go on from exactly, of a model whose weights processes share out (`DistributedConfig`).
+"""Checkpoints to go on from exactly, of a model whose weights processes share out (FSDP2 by `DistributedConfig`).
 
-`Trainer` refuses these: it writes weights alone and reads none. Here the parts are gathered by torch, written as one
-safetensors file and one of JSON, as if one process had trained, and dealt out again. A home file.
+`Trainer` refuses these: it writes weights alone and reads none. Here the parts are gathered by torch, written whole as
+one safetensors file and one of JSON, and dealt out again. A home file.
 """
 
 import json
@@ -22,8 +22,8 @@ TENSORS_NAME, NUMBERS_NAME = "optimizer.safetensors", "optimizer.json"
 
 
 def is_shared_out(model: Any) -> bool:
-    """Whether transformers has dealt the weights of a model out to processes."""
-    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+    """Whether transformers has dealt the weights of a model out to processes by FSDP2."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False)) and hasattr(model, "reshard")
 
 
 def save_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any, writes: bool) -> None:
@@ -35,11 +35,20 @@ def save_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any, wri
         optimizer: Of torch, maybe wrapped by accelerate.
         scheduler: Of the learning rate.
         writes: Whether this process writes; one does.
+
+    Raises:
+        ValueError: If the optimizer keeps what is no tensor of each parameter.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole: Any = get_optimizer_state_dict(model, _plain(optimizer), options=options)
     if not writes:
         return
+    kept = [(kind, value) for state in whole["state"].values() for kind, value in state.items()]
+    if odd := {kind for kind, value in kept if not isinstance(value, torch.Tensor)}:
+        raise ValueError(
+            f"An optimizer must keep tensors alone, got {sorted(odd)} in {type(_plain(optimizer)).__name__}: use AdamW "
+            "or SGD, or save_only_model=True."
+        )
     tensors = {  # "exp_avg.model.norm.weight", say
         f"{kind}.{name}": tensor.contiguous()
         for name, state in whole["state"].items()
@@ -58,14 +67,26 @@ def load_optimizer(folder: Path, model: Any, optimizer: Any, scheduler: Any) -> 
         model: Whose parameters are optimized.
         optimizer: Changed in place.
         scheduler: Changed in place.
+
+    Raises:
+        ValueError: If the checkpoint has no optimizer, or that of a model which was not shared out.
     """
+    if not (folder / NUMBERS_NAME).is_file():
+        raise ValueError(
+            f"The checkpoint {folder} has no {NUMBERS_NAME}: it was written with save_only_model=True, or by processes "
+            "that do not share weights out. Go on as it was begun, or begin anew from its weights."
+        )
     numbers = json.loads((folder / NUMBERS_NAME).read_text("utf-8"))
     state: dict[str, dict[str, torch.Tensor]] = {}
     for place, tensor in load_file(folder / TENSORS_NAME).items():
         kind, _, name = place.partition(".")
         state.setdefault(name, {})[kind] = tensor
     whole: Any = {"state": state, "param_groups": numbers["param_groups"]}
-    set_optimizer_state_dict(model, _plain(optimizer), whole, options=StateDictOptions(full_state_dict=True))
+    for group, rate in zip(_plain(optimizer).param_groups, numbers["scheduler"]["_last_lr"], strict=True):
+        group["lr"] = rate
+    if state:  # SGD without momentum has none
+        options = StateDictOptions(full_state_dict=True, strict=False)  # what has had no gradient has no state
+        set_optimizer_state_dict(model, _plain(optimizer), whole, options=options)
     scheduler.load_state_dict(numbers["scheduler"])
 
 

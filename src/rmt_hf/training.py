@@ -26,7 +26,7 @@ from .data import IGNORED
 from .lane_state import Call, Columns, LaneState, begin_documents, read_columns
 from .lanes import Lanes, StreamedLanes
 from .monitoring import RMTMemoryCallback
-from .shared_out import is_shared_out, load_optimizer, load_weights, save_optimizer
+from .shared_out import NUMBERS_NAME, is_shared_out, load_optimizer, load_weights, save_optimizer
 from .training_arguments import RMTTrainingArguments, StreamSchedule
 
 
@@ -382,6 +382,11 @@ class RMTTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As every `Trainer`; and of weights that processes share out."""
         if checkpoint is None or not is_shared_out(self.model):
+            if checkpoint is not None and (Path(checkpoint) / NUMBERS_NAME).is_file():
+                raise ValueError(
+                    f"The checkpoint {checkpoint} is of a model whose weights processes share out: go on with "
+                    "distributed_config=DistributedConfig(fsdp_size=...), or begin anew from its weights."
+                )
             return super()._load_optimizer_and_scheduler(checkpoint)
         return load_optimizer(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
 

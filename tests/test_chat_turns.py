@@ -1,5 +1,7 @@
 """A chat of many turns: as if all were read anew each time, at constant state, printed, saved and gone on with."""
 
+import functools
+
 import pytest
 import torch
 
@@ -69,6 +71,11 @@ def test_a_chat_goes_on_where_it_was_saved(model, tokenizer, tmp_path) -> None:
     assert [other.say(message) for message in MESSAGES[7:]] == [chat.say(message) for message in MESSAGES[7:]]
     other.save(tmp_path / "chat")
     assert abs(sum(file.stat().st_size for file in (tmp_path / "chat").iterdir()) - size) < 64
+    chat.state.save_pretrained(tmp_path / "chat")  # as if the second file had not been written
+    chat.say("w10")
+    chat.state.save_pretrained(tmp_path / "chat")
+    with pytest.raises(ValueError, match="saving was cut"):
+        other.load(tmp_path / "chat")
     with pytest.raises(ValueError, match="state"):
         Chat(tiny_model(num_memory_slots=16), tokenizer).load(tmp_path / "chat")
 
@@ -77,6 +84,44 @@ def test_an_answer_is_printed_word_by_word(model, tokenizer, capsys) -> None:
     chat = Chat(model, tokenizer, max_new_tokens=6, do_sample=False, pad_token_id=0)
     answer = chat.say("w10", streams=True)
     assert answer and capsys.readouterr().out.split() == answer.split()
+
+
+def test_an_interrupted_answer_leaves_the_chat_where_it_was(model, tokenizer, monkeypatch) -> None:
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    chat, other = (Chat(model, tokenizer, **settings) for _ in range(2))
+    for each in (chat, other):
+        each.say("w10")
+    forward, calls = model.forward, []
+
+    @functools.wraps(forward)
+    def interrupt(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chat.say("w11")
+    monkeypatch.undo()
+    assert chat.state.positions == other.state.positions and chat.end == other.end
+    assert chat.say("w12") == other.say("w12")
+
+
+def test_an_end_that_was_read_is_not_read_again(model, tokenizer) -> None:
+    """Also if the template puts a blank before it, or it was given as a setting."""
+    tokenizer.chat_template = TEMPLATE.replace("}}</s>", "}} </s>")
+    chat = Chat(model, tokenizer, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=list(range(2, 67)))
+    chat.say("w10")
+    assert chat.end and chat._turn("w11").split() == ["</s>", "<s>", "w3", "w11", "</s>", "<s>", "w4"]
+    chat.end = "</s>"
+    assert chat._turn("w11").split() == ["<s>", "w3", "w11", "</s>", "<s>", "w4"]
+
+
+@pytest.mark.parametrize("setting", ["num_beams", "num_return_sequences"])
+def test_a_chat_goes_on_in_one_way(model, tokenizer, setting) -> None:
+    with pytest.raises(ValueError, match=f"{setting} must be 1, got 2"):
+        Chat(model, tokenizer, **{setting: 2})
 
 
 def test_a_template_is_needed_and_shows_answers(model, tokenizer) -> None:

@@ -143,7 +143,11 @@ def test_a_pipeline_of_two_stages_is_the_model(form: str, of_two: tuple[Path, di
     assert found.keys() == expected.keys()
     for name, numbers in expected.items():
         torch.testing.assert_close(
-            torch.tensor(found[name]), torch.tensor(numbers), rtol=0, atol=1e-9, msg=lambda text, name=name: name + text
+            torch.tensor(found[name]),
+            torch.tensor(numbers),
+            rtol=0,
+            atol=CLOSE,
+            msg=lambda text, name=name: name + text,
         )
 
 

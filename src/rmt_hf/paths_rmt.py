@@ -189,7 +189,8 @@ def attend(
         if mask is not None:
             raise ValueError(
                 f"attn_implementation={implementation!r} takes no mask, which this call needs (rows at different "
-                "places of their segments, tokens across a chunk end, or a segment end before the window is full): "
+                "places of their segments, tokens across a chunk end, or a segment end before the window is full or, "
+                "with an attention sink, before the stream's beginning has left it): "
                 "use attn_implementation='sdpa'."
             )
     elif is_causal and (implementation != "sdpa" or num_queries != num_keys):

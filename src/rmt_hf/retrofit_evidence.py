@@ -377,7 +377,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--card", type=Path, help="where to write a model card")
+    parser.add_argument("--card", type=Path, help="where to write the model card of the recipe")
     for name, value in Sizes()._asdict().items():
         several: dict[str, Any] = {"nargs": "+"} if isinstance(value, tuple) else {}
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, **several)

@@ -5,6 +5,7 @@ A home file: it does not travel with the weights.
 
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,14 +150,24 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
+    colours: dict[str, str] = {}
+
+    def colour(name: str) -> str:  # the same in both panels, whose windows may differ by a few tokens (dtypes)
+        return colours.setdefault(re.sub(r"\d+", "", name), f"C{len(colours)}")
+
     for name, line in of_table(lines, "text").items():
         columns = zip(*per_byte(line), strict=True)
         means = [sum(column) / len(column) for column in columns][:-1]
-        left.plot(line["edges"][1:], means, marker="o", label=name, linewidth=2.5 if name == "ours" else 1.2)
-    for name, shares in recall_shares(lines, "key/value").items():
-        right.plot(list(shares), [statistics.fmean(each) for each in shares.values()], marker="o", label=name)
+        width = 2.5 if name == "ours" else 1.2
+        left.plot(line["edges"][1:], means, marker="o", label=name, color=colour(name), linewidth=width)
+    for kind, style in (("needle", "--"), ("key/value", "-")):
+        for name, shares in recall_shares(lines, kind).items():
+            means, label = [statistics.fmean(each) for each in shares.values()], name if style == "-" else None
+            right.plot(list(shares), means, style, marker="o", label=label, color=colour(name))
     left.set(title="Held-out plays", xlabel="tokens read so far", ylabel="bits per byte")
-    right.set(title="One of four codes, told in a play", xlabel="windows back", ylabel="right answers")
+    right.set(
+        title="One of four codes, told in a play (dashed: the only one)", xlabel="windows back", ylabel="right answers"
+    )
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.legend(fontsize="x-small")

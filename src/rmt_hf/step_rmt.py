@@ -129,9 +129,10 @@ def attend_one_token(
         first = step.local_span[0] - start + num_before
         near = masked_softmax(scores[..., first:], step.local_mask, num_heads)
         weights[..., first:].addcmul_(near, share_local)
-    output = torch.bmm(weights[..., num_before:], values)
-    if sink is not None:
-        output = torch.addcmul(output, weights[..., :1], sinks[1])
+    if sink is None:
+        output = torch.bmm(weights, values)
+    else:
+        output = torch.addcmul(torch.bmm(weights[..., 1:], values), weights[..., :1], sinks[1])
     if share_memory is not None and token.memory is not None:
         recalled = module.memory.recall(asked[0].view(cells), token.memory, module.scaling)
         output = torch.addcmul(output, share_memory, recalled)

@@ -107,6 +107,12 @@ def test_inside_the_window_it_is_the_source(name, dtype, tolerance) -> None:
     torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=0, atol=tolerance)
 
 
+def test_shares_begin_at_zero_behind_gates_that_are_half_open() -> None:
+    for name, parameter in memory_parameters(add_memory(make_source("llama"), **FIELDS)).items():
+        if name.endswith(("fusion.scale", "fusion.gate.bias")):
+            assert not parameter.any(), name
+
+
 def test_the_sink_does_not_depend_on_how_the_source_was_left() -> None:
     """In training, with dropout and checkpointing."""
     expected = add_memory(make_source("llama"), **FIELDS).state_dict()

@@ -52,23 +52,24 @@ def load_source(args: argparse.Namespace) -> tuple[PreTrainedModel, object]:
 
 
 def choose_trained(model: RMTForCausalLM, which: str) -> torch.nn.Module:
-    """The model with what is to be trained unfrozen, and in adapters if they are wanted."""
+    """The model with what is not to be trained frozen, and in adapters if they are wanted."""
     if which == "lora":
         from peft import get_peft_model
 
         adapted = get_peft_model(model, memory_lora_config(model.config))
         adapted.print_trainable_parameters()
         return adapted
-    print(freeze_base(model))
-    return model.requires_grad_(True) if which == "all" else model
+    if which == "memory":
+        print(freeze_base(model))
+    return model
 
 
 def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> RMTForCausalLM:
     """The converted model after training."""
     names = ("segment_length", "chunk_length", "num_slots_per_chunk", "num_memory_slots")
-    # Without the local path, nothing but memory is new, and that is empty inside the window: there, what is trained
-    # cannot change the model.
     teacher = None if args.no_teacher else copy.deepcopy(source) if args.train == "all" else source
+    # Without the local path, nothing but memory is new, and that is empty inside the window: there, what it learns
+    # cannot change the model.
     model = add_memory(source, use_local_attention=False, **{name: getattr(args, name) for name in names})
     trained = choose_trained(model, args.train)
     arguments = RMTTrainingArguments(

@@ -245,6 +245,8 @@ def test_folders_by_command_line(tmp_path, capsys) -> None:
     assert model.generation_config.temperature == 0.25
     loaded = AutoTokenizer.from_pretrained(tmp_path / "deep" / "target")
     assert loaded.chat_template == tokenizer.chat_template and loaded("w5 w7").input_ids == [5, 7]
+    main([str(tmp_path / "source"), str(tmp_path / "deep" / "other"), *options, "--no-use-attention-sink"])
+    assert not RMTConfig.from_pretrained(tmp_path / "deep" / "other").use_attention_sink
     main([str(tmp_path / "deep" / "target"), str(tmp_path / "back"), "--back"])
     back = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
     assert type(back) is LlamaForCausalLM and back.generation_config.temperature == 0.25

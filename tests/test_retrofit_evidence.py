@@ -267,5 +267,21 @@ def test_the_share_of_the_gap_is_what_it_is(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_models_are_read_in_their_dtype(evidence):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_models_are_read_in_the_dtype_that_is_asked_for(evidence, tmp_path, monkeypatch, tokenizer, dtype) -> None:
     assert isinstance(evidence.model, RMTForCausalLM) and evidence.window == 2 * S
+    found = []
+
+    def lines(name: str, evidence: Evidence):
+        found.append((evidence.model.dtype, evidence.source.dtype))
+        yield {"table": "cost", "contender": name, "position": 1, "ms": 1.0, "state_bytes": 1}
+
+    monkeypatch.setitem(retrofit_evidence.TABLES, "cost", lines)
+    for name, part in (("source", evidence.source), ("model", evidence.model)):
+        part.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    places = [str(tmp_path / "source"), str(tmp_path / "model"), "--output-dir", str(tmp_path / "out")]
+    main([*places, "--tables", "cost", "--dtype", dtype])
+    assert found == [(getattr(torch, dtype),) * 2] * 2
+    line = json.loads((tmp_path / "out/lines.jsonl").read_text("utf-8").splitlines()[0])
+    assert line["settings"]["dtype"] == dtype

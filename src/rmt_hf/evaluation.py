@@ -175,8 +175,21 @@ def bits_per_byte(bits: torch.Tensor, token_bytes: torch.Tensor, edges: Sequence
     Returns:
         (B, len(edges) - 1) float64; NaN where a document has no bytes.
     """
+    return bucket_sums(bits, edges) / bucket_sums(token_bytes, edges)
+
+
+def bucket_sums(numbers: torch.Tensor, edges: Sequence[int]) -> torch.Tensor:
+    """What the tokens of each document have together within each bucket of positions.
+
+    Args:
+        numbers: (B, T - 1), one for each of the tokens 1 .. T - 1.
+        edges: Token positions, rising.
+
+    Returns:
+        (B, len(edges) - 1) float64.
+    """
     spans = [slice(max(start, 1) - 1, end - 1) for start, end in itertools.pairwise(edges)]
-    return torch.stack([bits[:, span].double().sum(1) / token_bytes[:, span].sum(1) for span in spans], 1)
+    return torch.stack([numbers[:, span].double().sum(1) for span in spans], 1)
 
 
 def mean_and_standard_error(samples: torch.Tensor) -> tuple[float, float]:

@@ -15,7 +15,8 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -29,7 +30,7 @@ from .controls import empty_memories, pass_on_memories, stream_bits
 from .conversion import add_memory
 from .data import IGNORED, chat_openings, king_james, shakespeare, token_byte_counts, tokenize
 from .distillation import ask_all, code_stories
-from .evaluation import position_edges, token_bits
+from .evaluation import bucket_sums, position_edges, token_bits
 from .facts import Background, read_background
 from .peers import read, state_bytes
 from .report import environment, write_whole
@@ -68,7 +69,8 @@ class Sizes(NamedTuple):
     decode_at: int = 8192
 
 
-class Evidence(NamedTuple):
+@dataclass(frozen=True)
+class Evidence:
     """What the units share.
 
     Args:
@@ -89,6 +91,12 @@ class Evidence(NamedTuple):
     def window(self) -> int:
         """Tokens of our window."""
         return self.model.config.window_length
+
+    @cached_property
+    def background(self) -> Background:
+        """All held-out plays, for facts to be told in."""
+        _, held_out = shakespeare()
+        return read_background("\n".join(held_out["text"]), self.tokenizer)
 
 
 def sliding_window(source: PreTrainedModel, window: int) -> MistralForCausalLM:
@@ -163,11 +171,7 @@ def text_lines(
     contender = contenders(evidence.model, evidence.source)[name]()
     token_bytes = token_byte_counts(evidence.tokenizer)[input_ids[:, 1:]]
     for condition, bits in text_bits(name, contender, input_ids).items():
-        sums = [
-            [states[:, max(start, 1) - 1 : end - 1].double().sum(1) for start, end in itertools.pairwise(edges)]
-            for states in (bits, token_bytes)
-        ]
-        found = {key: torch.stack(part, 1).tolist() for key, part in zip(("bits", "bytes"), sums, strict=True)}
+        found = {"bits": bucket_sums(bits, edges).tolist(), "bytes": bucket_sums(token_bytes, edges).tolist()}
         yield {"table": table, "contender": condition, "edges": list(edges), **found}
 
 
@@ -252,13 +256,11 @@ def recall(
 
 def recall_lines(name: str, evidence: Evidence, distance: int) -> Iterator[dict[str, Any]]:
     """Share of right answers of each row at a distance; of ours with its memory emptied as well."""
-    _, held_out = shakespeare()
-    background = read_background("\n".join(held_out["text"]), evidence.tokenizer)
     contender = contenders(evidence.model, evidence.source)[name]()
     conditions = {name: None} | ({EMPTIED: empty_memories} if name == OURS else {})
     shares: dict[str, dict[str, list[float]]] = {condition: {} for condition in conditions}
     for kind, num_facts in NUM_FACTS.items():
-        rows = recall_rows(background, num_facts, distance, evidence.window, evidence.sizes.recall_rows)
+        rows = recall_rows(evidence.background, num_facts, distance, evidence.window, evidence.sizes.recall_rows)
         for row in tqdm(rows, desc=f"{name}: {kind}, {distance} windows"):
             for condition, hits in zip(conditions, recall(contender, row, list(conditions.values())), strict=True):
                 shares[condition].setdefault(kind, []).append(sum(hits) / len(hits))

@@ -13,7 +13,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, default_data_collator
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, default_data_collator, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.quantization_config import GgufConfig
 
@@ -134,6 +134,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
+    set_seed(0)  # what is new in the model is drawn before the Trainer is there
     args.output_dir.mkdir(parents=True, exist_ok=True)
     source, tokenizer = load_source(args)
     texts, _ = shakespeare(args.max_documents)

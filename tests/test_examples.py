@@ -160,6 +160,12 @@ def test_a_model_is_given_memory_and_goes_on_where_it_was(tmp_path: Path) -> Non
     run("05_give_a_model_memory.py", *where)  # from the last checkpoint on, where nothing is left to do
     assert (tmp_path / "memory/model/model.safetensors").read_bytes() == weights
 
+    for switch in (["--bf16"], ["--scale-factor", "1"]):
+        folder = tmp_path / switch[0]
+        run("05_give_a_model_memory.py", "--source", str(tmp_path / "source"), "--output-dir", str(folder), *switch)
+        assert (folder / "model/model.safetensors").read_bytes() != weights
+        assert changed_weights(folder / "model", source) == set()
+
     for which in ("lora", "all"):
         where = ("--source", str(tmp_path / "source"), "--output-dir", str(tmp_path / which), "--train", which)
         run("05_give_a_model_memory.py", *where)

@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import time
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,25 @@ def test_operations_of_a_llama_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["flops"] == one and len(figures["cpu_seconds"]) == 3
     weights = hidden * vocabulary + 4 * hidden**2 + 3 * hidden * inner + 3 * hidden
     assert runner.sizes() == {"parameters": weights, "parameter_bytes": 4 * weights}
+
+
+@pytest.mark.parametrize(("limit", "calls", "seconds"), [(64, 2, 0.0), (63, 1, 0.2)])
+@pytest.mark.parametrize("is_counted", [True, False])
+def test_a_short_call_is_warmed_up(limit, calls, seconds, is_counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last one is timed."""
+    monkeypatch.setattr(benchmark_worker, "WARM_UP_LIMIT", limit)
+    runner, done = Runner(CONTENDERS["ours"], FIELDS), []
+
+    def step() -> None:
+        done.append(1)
+        if len(done) == 1:
+            time.sleep(0.2)
+
+    monkeypatch.setattr(runner, "train", lambda context, batch: step)
+    figures = runner.repeat("train", [32], 2, is_counted)["results"]["32"]
+    assert len(done) == calls and len(figures["wall_seconds"]) == len(figures["cpu_seconds"]) == 1
+    assert seconds <= figures["wall_seconds"][0] < seconds + 0.15
+    assert ("flops" in figures) == is_counted
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")

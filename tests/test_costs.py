@@ -84,11 +84,11 @@ def per_layer(measure: Callable[..., Costs], **arguments) -> tuple[Counter[str],
 @pytest.mark.parametrize(
     ("measure", "fields", "operations", "size"),
     [
-        (step_costs, {}, 68, 9_520),
-        (step_costs, {"use_qk_norm": False}, 59, 8_120),
-        (prefill_costs, {}, 237, 920_000),
-        (training_costs, {}, 598, 2_772_000),
-        (training_costs, {"num_memory_slots": 0}, 186, 1_912_000),
+        (step_costs, {}, 68, 8_884),
+        (step_costs, {"use_qk_norm": False}, 59, 7_840),
+        (prefill_costs, {}, 237, 746_000),
+        (training_costs, {}, 589, 1_900_000),
+        (training_costs, {"num_memory_slots": 0}, 182, 1_202_000),
     ],
     ids=["step", "step without norms", "prefill", "training", "training without memory"],
 )

@@ -145,7 +145,7 @@ def test_auto_classes_build_and_load_every_head(auto_class, tmp_path) -> None:
     model.save_pretrained(tmp_path)
     again = auto_class.from_pretrained(tmp_path)
     assert type(again) is model_class and again.dtype == torch.float64
-    ids = tiny_ids(1, 3 * S)
+    ids = tiny_ids(1, 6 * S)
     assert torch.equal(again(ids)[0], model(ids)[0])
 
 

@@ -5,6 +5,8 @@ import torch
 from transformers.integrations import flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rmt_hf.layout_rmt import causal_mask
+from rmt_hf.paths_rmt import causal_block_mask
 from tiny import pad_left, read, tiny_ids, tiny_model
 
 
@@ -71,6 +73,25 @@ def test_flex_attention_is_sdpa(form, monkeypatch):
             more, _ = read(model, tiny_ids(2, S + 3), (1,), outputs.past_key_values)
             logits.append(torch.cat([outputs.logits[batch["attention_mask"]].flatten(), more.flatten()]))
     torch.testing.assert_close(*logits, **CLOSE)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(S, S), (S, 3 * S), (1, 5), (200, 456)])
+def test_a_block_mask_hides_what_the_mask_hides_and_is_made_once(num_queries, num_keys):
+    device = torch.device("cpu")
+    block_mask = causal_block_mask(num_queries, num_keys, device)
+    queries, keys = torch.arange(num_queries)[:, None], torch.arange(num_keys)
+    seen = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), queries, keys)
+    assert seen.equal(causal_mask(num_queries, num_keys, device)[0, 0])
+    assert causal_block_mask(num_queries, num_keys, device) is block_mask
+    num_seen = block_mask.kv_num_blocks + block_mask.full_kv_num_blocks
+    assert num_seen.flatten().tolist() == [
+        -(-min(num_keys, num_keys - num_queries + end) // 128) for end in ends(num_queries)
+    ]
+
+
+def ends(length: int) -> list[int]:
+    """Where blocks of 128 queries end."""
+    return [min(start + 128, length) for start in range(0, length, 128)]
 
 
 def test_flash_attention_that_is_not_installed_is_refused():

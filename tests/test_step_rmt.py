@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rmt_hf.attention_rmt import FEW_ROWS, NARROW, RMTLinear
+from rmt_hf.layers_rmt import FEW_ROWS, NARROW, RMTLinear
 from rmt_hf.layout_rmt import PLANNED_STEPS, StepView, plan_call, plan_steps
 from rmt_hf.paths_rmt import rotate
 from rmt_hf.step_rmt import rotation_matrices

@@ -1,4 +1,4 @@
-"""Attention, bottom up: norm, rotary encoding, and the layer's attention that runs the three paths and fuses them.
+"""Attention: rotary encoding, and the layer's attention that runs the three paths and fuses them.
 
 Shapes: B rows, T columns of a call, L aligned columns (see layout_rmt), F segments of the call, S segment length,
 N lookback segments, H query heads, G key/value heads, D head width, E hidden size.
@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
+from .layers_rmt import RMTLinear, RMTRMSNorm
 from .layout_rmt import FRESH, SEGMENTS, CallLayout, StepView
-from .memory_rmt import RMTMemory, Slots, at_least_float32, empty_slots, forget_slots, inverse_rms
+from .memory_rmt import RMTMemory, Slots, empty_slots, forget_slots
 from .paths_rmt import (
     Paths,
     Projections,
@@ -34,50 +35,7 @@ from .paths_rmt import (
 )
 from .state_rmt import LayerState, lay_columns
 from .step_rmt import OneToken, attend_one_token
-
-
-class RMTRMSNorm(nn.Module):
-    """Root mean square norm over the last axis, computed in float32 or wider."""
-
-    def __init__(self, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        wide, weight = at_least_float32(hidden_states), at_least_float32(self.weight)
-        if self.training or wide.device.type != "cpu":
-            normed = F.rms_norm(wide, weight.shape, weight.to(wide.dtype), self.eps)
-        else:  # the same in half the time; not by grad mode, which changes within a reentrant checkpoint
-            normed = wide * weight * inverse_rms(wide, self.eps)
-        return normed if normed.dtype == hidden_states.dtype else normed.to(hidden_states.dtype)
-
-
-# Up to these a product with the weights on the left is the quicker one: rows, width, and numbers in all rows.
-FEW_ROWS, NARROW, FEW_NUMBERS = 8, 1024, 4096
-DTYPES_OF_MKL = (torch.float32, torch.float64)
-
-
-class RMTLinear(nn.Linear):
-    """A linear map whose product is written another way for a few rows of a narrow layer on a CPU.
-
-    MKL takes up to three times as long for states @ weight.T as for weight @ states.T there, and for one column twice
-    as long as for two. Sums come in another order, which may even depend on where the weights lie in memory, so
-    training never uses it.
-    """
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        numbers, (out_features, width) = states.numel(), weight.shape  # of this process, if they are dealt out
-        is_few = numbers <= FEW_ROWS * width and numbers < FEW_NUMBERS and width <= NARROW
-        if self.training or not is_few or not states.is_cpu or states.dtype not in DTYPES_OF_MKL:
-            return super().forward(states)
-        is_flat = states.dim() == 2
-        flat = states if is_flat else states.reshape(-1, width)
-        columns = (torch.cat([flat, flat]) if numbers == width else flat).t()
-        output, bias = weight.mm(columns).t()[: numbers // width].contiguous(), self.bias
-        output = output if bias is None else output + bias
-        return output if is_flat else output.view(*states.shape[:-1], out_features)
+from .tiles_rmt import Windows, can_be_tiled, tiled_attention, windows_from_the_start
 
 
 def rotary_turns(config: RMTConfig) -> torch.Tensor:
@@ -227,12 +185,13 @@ class RMTAttention(nn.Module):
     ) -> Projections:
         """Queries, keys and values of the aligned columns; what memory needs only where it is read or kept."""
 
-        def heads(name: str) -> torch.Tensor:
-            states = getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim))
+        def heads(name: str, states: torch.Tensor) -> torch.Tensor:
+            states = getattr(self, f"{name}_proj")(states).unflatten(-1, (-1, self.head_dim))
             return getattr(self, f"{name}_norm")(states) if self.use_qk_norm and name != "v" else states
 
-        query, key, value = heads("q"), heads("k"), heads("v")
-        memory_query = heads("memory_q") if layout.reads_memory else None
+        query, key, value = (heads(name, hidden_states) for name in ("q", "k", "v"))
+        asking = hidden_states[:, self.window_length :].contiguous() if layout.form == FRESH else hidden_states
+        memory_query = heads("memory_q", asking) if layout.reads_memory else None
         writes = self.num_memory_slots > 0 and (layout.reads_memory or keep_state)
         scores = self.memory.scores(hidden_states) if writes else query[:, :, 0, :0]
         rotated_key = rotate(key, cos, sin)
@@ -258,7 +217,7 @@ class RMTAttention(nn.Module):
             rounds = self._write_segments(empty_slots(inputs.value, self.num_memory_slots), *written)
         if rounds is not None and inputs.memory_query is not None:
             versions = torch.arange(1, num_later + 1, device=inputs.query.device)
-            asked = pad_columns(inputs.memory_query[:, window:], segment)
+            asked = pad_columns(inputs.memory_query, segment)
             from_memory = memory_attention(self, asked, self.memory.version(rounds, versions))
             from_memory = first_columns(F.pad(from_memory, (0, 0, 0, 0, window, 0)), length)
         if keep_state:
@@ -270,10 +229,13 @@ class RMTAttention(nn.Module):
     def _attend_fresh_global(self, inputs: Projections, num_later: int) -> tuple[torch.Tensor, tuple]:
         """Global attention of new streams; the weights of the causal block and of the later segments."""
         query, key, value = inputs.query, inputs.key, inputs.value
+        length, segment, window = query.shape[1], self.segment_length, self.window_length
+        if inputs.sink is None and can_be_tiled(self, query, key, value):
+            windows = windows_from_the_start(length, segment, window)
+            return tiled_attention(query, key, value, windows, self.scaling), (None, None)
         if not num_later:
             output, weights = attend(self, query, key, value)
             return output, (weights, None)
-        length, segment, window = query.shape[1], self.segment_length, self.window_length
         query, later_query = query.split([window, length - window], 1)
         # The first window holds the keys of the causal block, each other one those of a later segment.
         (key, later_key), (value, later_value) = (
@@ -300,10 +262,7 @@ class RMTAttention(nn.Module):
 
         keys, values = join(state.keys.transpose(1, 2), inputs.key), join(state.values.transpose(1, 2), inputs.value)
         scores = join(state.scores, inputs.scores)
-        seen_keys, seen_values = (windows_of(states[:, segment:], self.config) for states in (keys, values))
-        outputs, weights = windowed_attention(
-            self, inputs.query, seen_keys, seen_values, layout.window_mask, inputs.sink
-        )
+        outputs, weights = self._attend_segments_global(inputs, layout, keys, values)
         from_local = from_memory = None
         if self.use_local_attention:
             from_local = local_attention(self, inputs.query, keys[:, kept:], values[:, kept:])
@@ -323,6 +282,18 @@ class RMTAttention(nn.Module):
         firsts = [count * segment for count in writes]
         state = self._closing_state((keys, values, scores), layout, firsts, rounds, writes, state.previous_memory)
         return Paths(outputs, from_local, from_memory), (weights, None), state
+
+    def _attend_segments_global(
+        self, inputs: Projections, layout: CallLayout, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Global attention to keys and values (B, (N + 1 + F) * S, G, D) of the window before the call and the call."""
+        query, segment, window = inputs.query, self.segment_length, self.window_length
+        sees_all = inputs.sink is None and layout.window_mask is None
+        if sees_all and can_be_tiled(self, query, keys, values):
+            windows = [Windows(0, query.shape[1] // segment, segment, window)]
+            return tiled_attention(query, keys, values, windows, self.scaling, shift=window), None
+        seen_keys, seen_values = (windows_of(states[:, segment:], self.config) for states in (keys, values))
+        return windowed_attention(self, query, seen_keys, seen_values, layout.window_mask, inputs.sink)
 
     def _meets_empty(self, layout: CallLayout) -> torch.Tensor | None:
         """Which of the segments that a call writes find the ring place of an earlier document, (B, W) bool."""

@@ -4,9 +4,9 @@ Every contender runs in a process of its own, and only one computes at a time. I
 take turns, one repetition each, round after round, so that other load on the machine meets all of them.
 
 A training step is forward and backward, no optimizer, over `--train-tokens` tokens in rows as long as the context, or
-one longer row. Prefill reads a prompt and projects its last token. Decoding reads one token per row after a context
-that was filled, not read. All models have random weights, float32, and equally many parameters, unless they come from a
-folder.
+one longer row. Prefill reads a prompt and projects its last token. Both are done once to warm up, unless they are very
+long. Decoding reads one token per row after a context that was filled, not read. All models have random weights,
+float32, and equally many parameters, unless they come from a folder.
 
 Finished cells are appended to `rows.jsonl`, and what is there is not done again if settings, commit and machine are the
 same: a stopped run goes on. What is not measured has a row that says why. A home file: it does not travel with the
@@ -59,7 +59,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="decoded at each context in one repetition")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions; two if they take long")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--cell-seconds", type=float, default=40.0, help="CPU time of one contender in one cell")
+    parser.add_argument(
+        "--cell-seconds", type=float, default=40.0, help="CPU time of one contender in one cell, warm-up not counted"
+    )
     words = f"the same for {' and '.join(MAIN)} in training, and in prefill at batch 1"
     parser.add_argument("--main-cell-seconds", type=float, default=600.0, help=words)
     parser.add_argument("--memory-gib", type=float, help="of one process; default: 0.7 of what is free at the start")

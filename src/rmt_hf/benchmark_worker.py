@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +34,10 @@ from .peers import read, state_tensors
 
 MIN_TOKENS = 8  # decoded at each context, however long they take
 WARM_UP_TOKENS = 2
+# Tokens of a call, up to which it is done twice, and the second time counts: in the first one, the system clears each
+# page of memory that it gives, which training and a server that runs do not feel. Longer prompts are read in pieces, or
+# are nearly all attention.
+WARM_UP_LIMIT = 65_536
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -164,7 +168,7 @@ class Runner:
             phase: One of `PHASES`.
             contexts: Tokens of a row; several only when decoding, where they take turns at every token.
             batch: Rows of a call.
-            is_counted: Whether to count operations; times of training and prefill are a little longer then.
+            is_counted: Whether to count operations; calls longer than `WARM_UP_LIMIT` take a little longer then.
             limits: `tokens` and `seconds` of `decode`.
         """
         return_memory()
@@ -175,11 +179,10 @@ class Runner:
         else:
             figures: dict[str, Any] = {}
             step = getattr(self, phase)(contexts[0], batch)
-            if is_counted:
-                with counted_flops(figures), timed(figures):
-                    state = step()
-            else:
-                with timed(figures):
+            counts = [is_counted, False] if contexts[0] * batch <= WARM_UP_LIMIT else [is_counted]
+            for index, is_counted_now in enumerate(counts):
+                state, is_last = None, index == len(counts) - 1
+                with counted_flops(figures) if is_counted_now else nullcontext(), timed(figures if is_last else {}):
                     state = step()
             if state is not None:
                 figures["state_bytes"] = self.state_bytes(state)

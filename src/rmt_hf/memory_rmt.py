@@ -83,12 +83,6 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
-    """One over the root mean square along the last axis, (..., 1), in half the time of `mean`."""
-    length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return torch.addcmul(wide.new_full((), eps), length, length, value=1 / wide.shape[-1]).rsqrt_()
-
-
 def own_heads(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter (heads, ...), or where tensor parallelism has dealt it out, the heads of this process.
 

@@ -28,7 +28,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_rmt import RMTAttention, RMTLinear, RMTRMSNorm, RMTRotaryEmbedding, Turn, rotary_turns
+from .attention_rmt import RMTAttention, RMTRotaryEmbedding, Turn, rotary_turns
 from .cache_rmt import RMTCache
 from .configuration_rmt import RMTConfig
 from .generation_rmt import RMTGeneration
@@ -43,6 +43,7 @@ from .inputs_rmt import (
     refuse_reentrant_checkpoints,
     stream_starts,
 )
+from .layers_rmt import RMTLinear, RMTRMSNorm
 from .layout_rmt import SEGMENTS, STEP, CallLayout, fixed_step, plan_call
 from .loss_rmt import check_chunked_loss, chunked_loss
 from .memory_rmt import RMTMemory

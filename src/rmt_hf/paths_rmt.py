@@ -5,11 +5,13 @@ S segment length, N lookback segments, V versions of memory, M slots, H query he
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
@@ -40,7 +42,10 @@ class Sink(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """What attention makes of the aligned hidden states: (B, L, heads, D) each, scores (B, L, ...); and the sink."""
+    """What attention makes of the aligned hidden states: (B, L, heads, D) each, scores (B, L, ...); and the sink.
+
+    The memory query of new streams is that of tokens beyond the first window alone: before, memory is empty.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -160,12 +165,22 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+@lru_cache(maxsize=64)
+def causal_block_mask(num_queries: int, num_keys: int, device: torch.device) -> BlockMask:
+    """`causal_mask` as flex attention wants it: it leaves out blocks of which nothing is seen."""
+
+    def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return key <= query + num_keys - num_queries
+
+    return create_block_mask(is_seen, None, None, num_queries, num_keys, device=str(device))
+
+
 def attend(
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | BlockMask | None = None,
     is_causal: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Softmax attention through the implementation that the configuration names.
@@ -194,8 +209,9 @@ def attend(
                 "use attn_implementation='sdpa'."
             )
     elif is_causal and (implementation != "sdpa" or num_queries != num_keys):
-        mask, is_causal = causal_mask(num_queries, num_keys, query.device), False
-    if mask is not None and implementation != "sdpa":
+        make_mask = causal_block_mask if implementation == "flex_attention" else causal_mask
+        mask, is_causal = make_mask(num_queries, num_keys, query.device), False
+    if isinstance(mask, torch.Tensor) and implementation != "sdpa":
         additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
         mask = additive.masked_fill(~mask, torch.finfo(query.dtype).min).expand(query.shape[0], -1, -1, -1)
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)

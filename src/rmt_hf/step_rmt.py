@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .layers_rmt import inverse_rms
 from .layout_rmt import STEP, CallLayout, StepView, plan_steps
-from .memory_rmt import ReadableMemory, at_least_float32, inverse_rms
+from .memory_rmt import ReadableMemory, at_least_float32
 from .paths_rmt import PLAIN, Sink, masked_softmax
 from .state_rmt import LayerState, lay_columns, owned
 

@@ -1,0 +1,172 @@
+"""Causal attention of windows on a CPU, a block of queries at a time, each with the keys that it may see and no others.
+
+torch's kernel takes 512 keys at a time, so a causal mask saves it nothing up to there, and windows that overlap have to
+be copied for it. Here windows are views, and keys behind the last query of a block are left out. It is the mathematics
+of `attend`, by the same kernel.
+
+Shapes: B rows, L query columns, L' key columns, W windows, H query heads, G key/value heads, D head width.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .layout_rmt import causal_mask
+
+
+BLOCK = 128  # queries: 64 is as good, 256 takes a tenth longer (docs/lab_book.md)
+
+
+class Windows(NamedTuple):
+    """Windows of one size, one after the other.
+
+    Args:
+        first: Query column where the first one begins.
+        num_windows: W; one window each of all rows if it is 1.
+        step: Queries of a window: columns from the begin of one to the begin of the next.
+        columns: Keys of a window; its last query sees them all, each earlier one a key less.
+    """
+
+    first: int
+    num_windows: int
+    step: int
+    columns: int
+
+
+class Block(NamedTuple):
+    """Queries at one place of several windows, and the keys up to the last of them.
+
+    Args:
+        row: Which row; None for all of them, with one window each.
+        queries: First column and number of the queries, in the first window.
+        keys: The same for the keys.
+        num_windows: W.
+        step: Columns from one window to the next.
+    """
+
+    row: int | None
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    num_windows: int
+    step: int
+
+    def view(self, states: torch.Tensor, first: int, length: int) -> torch.Tensor:
+        """Columns of every window, (W or B, heads, length, D), of states (B, columns, heads, D)."""
+        if self.row is None:
+            return states[:, first : first + length].transpose(1, 2)
+        end = first + (self.num_windows - 1) * self.step + length
+        return states[self.row, first:end].unfold(0, length, self.step).transpose(2, 3)
+
+    def add_to_keys(self, states: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Adds what each window has for its keys: in pieces, of which those of different windows do not overlap."""
+        first, length = self.keys
+        size = length if self.row is None else self.step
+        for start in range(0, length, size):
+            piece = gradient[:, :, start : start + size]
+            self.view(states, first + start, piece.shape[2]).add_(piece)
+
+
+def cut_into_blocks(windows: list[Windows], shift: int, num_rows: int) -> list[Block]:
+    """The blocks of windows; key column i + `shift` is that of query column i."""
+    blocks = []
+    for first, num_windows, step, columns in windows:
+        first_key = first + shift + step - columns
+        for row in [None] if num_windows == 1 else range(num_rows):
+            for start in range(0, step, BLOCK):
+                size = min(BLOCK, step - start)
+                keys = (first_key, columns - step + start + size)
+                blocks.append(Block(row, (first + start, size), keys, num_windows, step))
+    return blocks
+
+
+def windows_from_the_start(length: int, segment: int, window: int) -> list[Windows]:
+    """The windows of streams that begin here: the first one whole, whole segments, and what is left over."""
+    first = min(window, length)
+    num_segments, rest = divmod(length - first, segment)
+    windows = [
+        Windows(0, 1, first, first),
+        Windows(first, num_segments, segment, window),
+        Windows(length - rest, 1, rest, window - segment + rest),
+    ]
+    return [each for each in windows if each.num_windows and each.step]
+
+
+def can_be_tiled(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a layer may call `tiled_attention`: on a CPU, where SDPA is wanted and has the kernel used here."""
+    is_wanted = module.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
+    is_dropped_out = module.training and module.config.attention_dropout > 0
+    return is_wanted and query.is_cpu and not is_dropped_out and query.dtype == key.dtype == value.dtype
+
+
+def tiled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    windows: list[Windows],
+    scaling: float,
+    shift: int = 0,
+) -> torch.Tensor:
+    """Causal attention of windows that together hold every query once.
+
+    Args:
+        query: (B, L, H, D).
+        key, value: (B, L', G, D).
+        windows: Where the queries are and how many keys they see.
+        scaling: Factor of the attention scores.
+        shift: Key column of query column 0.
+
+    Returns:
+        (B, L, H, D).
+    """
+    return _TiledAttention.apply(query, key, value, cut_into_blocks(windows, shift, len(query)), scaling)[0]
+
+
+class _TiledAttention(torch.autograd.Function):
+    """The kernel block by block, and its own backward pass, so that gradients of keys are summed where they lie."""
+
+    @staticmethod
+    def forward(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block], scaling: float
+    ) -> tuple[torch.Tensor, ...]:
+        kernel, masks = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _masks(blocks, query)
+        output, sums = torch.empty_like(query), []
+        for block, mask in zip(blocks, masks, strict=True):
+            keys, values = (block.view(states, *block.keys) for states in (key, value))
+            found, log_sum = kernel(block.view(query, *block.queries), keys, values, attn_mask=mask, scale=scaling)
+            block.view(output, *block.queries).copy_(found)
+            sums.append(log_sum)
+        return output, *sums
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, ...]) -> None:
+        *states, ctx.blocks, ctx.scaling = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*states, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, output, *sums = ctx.saved_tensors
+        kernel: Callable = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        gradient = gradient.contiguous()
+        of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for block, mask, log_sum in zip(ctx.blocks, _masks(ctx.blocks, query), sums, strict=True):
+            given, asked, found = (block.view(states, *block.queries) for states in (gradient, query, output))
+            keys, values = (block.view(states, *block.keys) for states in (key, value))
+            states = (given, asked, keys, values, found, log_sum)
+            gradients = kernel(*states, 0.0, False, attn_mask=mask, scale=ctx.scaling)
+            block.view(of_query, *block.queries).copy_(gradients[0])
+            block.add_to_keys(of_key, gradients[1])
+            block.add_to_keys(of_value, gradients[2])
+        return of_query, of_key, of_value, None, None
+
+
+def _masks(blocks: list[Block], like: torch.Tensor) -> list[torch.Tensor]:
+    """The causal mask of each block as the kernel wants it, (1, 1, queries, keys), to be added to the scores."""
+    shapes = {(block.queries[1], block.keys[1]) for block in blocks}
+    hidden = {shape: ~causal_mask(*shape, like.device) for shape in shapes}
+    masks = {shape: like.new_zeros(mask.shape).masked_fill_(mask, -torch.inf) for shape, mask in hidden.items()}
+    return [masks[block.queries[1], block.keys[1]] for block in blocks]

@@ -1,0 +1,136 @@
+"""Attention block by block is attention, gradients and all, and looks at no key in vain."""
+
+import pytest
+import torch
+
+from rmt_hf import tiles_rmt
+from rmt_hf.layers_rmt import RMTRMSNorm
+from rmt_hf.tiles_rmt import Windows, can_be_tiled, cut_into_blocks, tiled_attention, windows_from_the_start
+from test_costs import KERNEL, Costs
+from tiny import read, tiny_ids, tiny_model
+
+
+S = 8  # segments, in the tiny models as well
+
+
+def naive_attention(query, key, value, windows, scaling, shift=0):
+    """One query at a time, in plain sums."""
+    output, groups = torch.zeros_like(query), query.shape[2] // key.shape[2]
+    for first, count, step, columns in windows:
+        for place in range(count * step):
+            column = first + place
+            start = first + place // step * step + step - columns + shift
+            for head in range(query.shape[2]):
+                keys, values = (states[:, start : column + shift + 1, head // groups] for states in (key, value))
+                scores = torch.einsum("bd,bkd->bk", query[:, column, head], keys) * scaling
+                output[:, column, head] = torch.einsum("bk,bkd->bd", scores.softmax(-1), values)
+    return output
+
+
+CASES = {
+    "less than a window": (windows_from_the_start(11, S, 2 * S), 11, 0),
+    "a window": (windows_from_the_start(2 * S, S, 2 * S), 2 * S, 0),
+    "a window and a token": (windows_from_the_start(2 * S + 1, S, 2 * S), 2 * S + 1, 0),
+    "segments and a rest": (windows_from_the_start(6 * S + 3, S, 2 * S), 6 * S + 3, 0),
+    "no lookback": (windows_from_the_start(4 * S + 5, S, S), 4 * S + 5, 0),
+    "three segments back": (windows_from_the_start(7 * S, S, 4 * S), 7 * S, 0),
+    "behind a state": ([Windows(0, 3, S, 2 * S)], 3 * S, 2 * S),
+    "one segment behind a state": ([Windows(0, 1, S, 3 * S)], S, 3 * S),
+}
+
+
+def random_states(num_rows, length, shift, groups=2, dtype=torch.float64):
+    torch.manual_seed(0)
+    shapes = [(num_rows, length, 2 * groups, 4), *[(num_rows, length + shift, 2, 4)] * 2]
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("block", [1, 3, 4, 128])
+@pytest.mark.parametrize(("num_rows", "groups"), [(1, 1), (3, 2)])
+def test_it_is_attention(case, block, num_rows, groups, monkeypatch):
+    monkeypatch.setattr(tiles_rmt, "BLOCK", block)
+    windows, length, shift = CASES[case]
+    states = random_states(num_rows, length, shift, groups)
+    output, expected = (attention(*states, windows, 0.3, shift) for attention in (tiled_attention, naive_attention))
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    gradient = torch.randn_like(output)
+    found, wanted = (torch.autograd.grad(result, states, gradient) for result in (output, expected))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_windows_from_the_start_hold_every_query_once():
+    for length in range(1, 60):
+        windows = windows_from_the_start(length, S, 3 * S)
+        columns = [first + place for first, count, step, _ in windows for place in range(count * step)]
+        assert columns == list(range(length))
+
+
+def test_no_key_behind_the_last_query_of_a_block_is_looked_at(monkeypatch):
+    monkeypatch.setattr(tiles_rmt, "BLOCK", 4)
+    for block in cut_into_blocks(windows_from_the_start(5 * S + 3, S, 2 * S), 0, 1):
+        assert sum(block.keys) == sum(block.queries)
+
+
+def test_keys_and_values_are_not_copied():
+    """The kernel gives as much as it takes queries; masks are one for each shape of a block."""
+    query, key, value = (states.detach() for states in random_states(1, 40 * S, 0))
+    windows = windows_from_the_start(40 * S, S, 2 * S)
+    with Costs() as costs:
+        tiled_attention(query, key, value, windows, 0.3)
+    assert costs.operations[KERNEL] == len(windows) == 2
+    assert costs.bytes < 3 * query.nbytes  # output of the kernel and of the function, logarithms of sums, masks
+
+
+@pytest.mark.parametrize("lookback", [0, 1, 2])
+@pytest.mark.parametrize("cuts", [(), (2 * S + 3, 2 * S, S)])
+def test_a_model_computes_what_it_does_with_eager_attention(lookback, cuts, monkeypatch):
+    monkeypatch.setattr(tiles_rmt, "BLOCK", 3)
+    calls = []
+    original = tiles_rmt.cut_into_blocks
+    monkeypatch.setattr(tiles_rmt, "cut_into_blocks", lambda *args: calls.append(args) or original(*args))
+    results = []
+    for implementation in ("sdpa", "eager"):
+        model = tiny_model(num_lookback_segments=lookback, use_qk_norm=True)
+        model.config._attn_implementation = implementation
+        logits, cache = read(model.train(), tiny_ids(2, 9 * S + 5), cuts)
+        logits.square().mean().backward()
+        results.append(
+            [logits, *(parameter.grad for parameter in model.parameters()), *cache.layers[1].state.tensors()]
+        )
+        assert bool(calls) == (implementation == "sdpa")
+        calls.clear()
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+def test_what_the_kernel_cannot_do_is_left_to_others():
+    model = tiny_model(attention_dropout=0.1, num_hidden_layers=1)
+    layer, states = model.model.layers[0].self_attn, random_states(1, 4, 0)
+    assert can_be_tiled(layer, *states)
+    assert not can_be_tiled(layer.train(), *states)
+    assert not can_be_tiled(layer.eval(), states[0], states[1], states[2].float())
+    assert not can_be_tiled(layer, *(state.to("meta") for state in states))
+    model.config._attn_implementation = "eager"
+    assert not can_be_tiled(layer, *states)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 5, 3, 8), (8,)])
+def test_the_norm_is_the_norm(shape):
+    """Values, gradients, and the bits of the form without gradients."""
+    torch.manual_seed(0)
+    norm, states = RMTRMSNorm(8, 0.1).double(), torch.randn(shape, dtype=torch.float64).requires_grad_()
+    norm.weight.data.normal_()
+    output, gradient = norm(states), torch.randn(shape, dtype=torch.float64)
+    plain = torch.nn.functional.rms_norm(states, (8,), norm.weight, 0.1)
+    torch.testing.assert_close(output, plain, rtol=0, atol=1e-14)
+    inputs = (states, norm.weight)
+    found, expected = (torch.autograd.grad(result, inputs, gradient) for result in (output, plain))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    with torch.no_grad():
+        assert norm(states).equal(output)
+
+
+def test_the_norm_of_zeros_has_a_gradient_that_is_finite():
+    norm, states = RMTRMSNorm(4, 1e-6), torch.zeros(2, 4, requires_grad=True)
+    norm(states).sum().backward()
+    assert states.grad.isfinite().all()

@@ -177,17 +177,21 @@ class Runner:
         if phase == "decode":
             results = self.decode(contexts, batch, is_counted, **limits)
         else:
-            figures: dict[str, Any] = {}
-            step = getattr(self, phase)(contexts[0], batch)
-            counts = [is_counted, False] if contexts[0] * batch <= WARM_UP_LIMIT else [is_counted]
-            for index, is_counted_now in enumerate(counts):
-                state, is_last = None, index == len(counts) - 1
-                with counted_flops(figures) if is_counted_now else nullcontext(), timed(figures if is_last else {}):
-                    state = step()
-            if state is not None:
-                figures["state_bytes"] = self.state_bytes(state)
-            results = {str(contexts[0]): figures}
-        return {"results": results, **memory, "peak_bytes": peak_bytes()}
+            results = {str(contexts[0]): self.call(phase, contexts[0], batch, is_counted)}
+        memory["peak_bytes"] = peak_bytes()
+        return_memory()  # others need it while it is their turn
+        return {"results": results, **memory}
+
+    def call(self, phase: str, context: int, batch: int, is_counted: bool) -> dict[str, Any]:
+        """Figures of a training step or a prompt, done once before if it is short enough; arguments as of `repeat`."""
+        figures: dict[str, Any] = {}
+        step = getattr(self, phase)(context, batch)
+        counts = [is_counted, False] if context * batch <= WARM_UP_LIMIT else [is_counted]
+        for index, is_counted_now in enumerate(counts):
+            state, is_last = None, index == len(counts) - 1
+            with counted_flops(figures) if is_counted_now else nullcontext(), timed(figures if is_last else {}):
+                state = step()
+        return figures if state is None else {**figures, "state_bytes": self.state_bytes(state)}
 
     @torch.no_grad()
     def decode(

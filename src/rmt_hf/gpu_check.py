@@ -1,0 +1,273 @@
+"""What has to be true on a GPU, checked on one, and how fast it is there: `python -m rmt_hf.gpu_check`.
+
+Written and tested on a CPU (`--device cpu`), where what needs a GPU is skipped. A small model in float64 with eager
+attention on a CPU is the truth that every attention implementation and dtype is held against: a prompt, a stream in
+pieces that end anywhere, and one token at a time. Prints a table and writes `gpu_check.json`. A home file: it does not
+travel with the weights.
+
+Shapes: B rows, T columns of a call.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import is_flash_attn_2_available
+
+from . import RMTCache, RMTConfig, RMTForCausalLM
+from .benchmark_contenders import read_prompt
+from .peers import build_peer, read
+from .report import environment, write_whole
+
+
+# Largest difference of logits whose standard deviation is about 1: a score that is rounded may choose another token for
+# a slot, so memories of these models take means.
+TOLERANCES = {"float64": 1e-10, "float32": 1e-3, "float16": 0.05, "bfloat16": 0.4}
+IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
+NARROW = ("float16", "bfloat16")
+
+
+class Result(NamedTuple):
+    """A check: whether it holds (None if it could not be made), and what was measured or why not."""
+
+    name: str
+    holds: bool | None
+    detail: str
+
+
+def small_model() -> RMTForCausalLM:
+    """A model in float64 whose every part matters; heads are 64 wide, as GPU kernels like them."""
+    torch.manual_seed(0)
+    config = RMTConfig(
+        vocab_size=128,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        chunk_length=16,
+        segment_length=64,
+        num_memory_slots=16,
+        memory_write="mean",
+    )
+    model = RMTForCausalLM(config).double().eval()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model
+
+
+def moved(model: Any, device: torch.device, dtype: torch.dtype, implementation: str) -> Any:
+    """The same model elsewhere, in another dtype and with another attention implementation."""
+    model.set_attn_implementation(implementation)
+    return model.to(device=device, dtype=dtype)
+
+
+def small_ids(model: RMTForCausalLM) -> torch.Tensor:
+    """Two streams that are six segments and three tokens long."""
+    return torch.randint(model.config.vocab_size, (2, 6 * model.config.segment_length + 3))
+
+
+@torch.no_grad()
+def logits_in_calls(model: RMTForCausalLM, ids: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Logits (B, T, V) of a stream that is read in calls of these sizes."""
+    cache = RMTCache(model.config)
+    return torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(sizes, 1)], 1)
+
+
+def agreement(device: torch.device, implementation: str, dtype: str) -> Result:
+    """Whether a prompt, pieces, and single tokens give what float64 gives on a CPU."""
+    name = f"{implementation}, {dtype}"
+    if implementation == "flash_attention_2" and (dtype not in NARROW or not is_flash_attn_2_available()):
+        return Result(name, None, "not installed, or not for this dtype")
+    if implementation == "flex_attention" and device.type == "cpu":
+        return Result(name, None, "compiled flex attention is for GPUs")
+    model = small_model()
+    ids, segment = small_ids(model), model.config.segment_length
+    whole = 4 * segment
+    pieces = [[ids.shape[1]], [whole, 2 * segment + 3], [whole, *[1] * (2 * segment + 3)]]
+    expected = logits_in_calls(model, ids, pieces[0])
+    model = moved(model, device, getattr(torch, dtype), implementation)
+    found = [logits_in_calls(model, ids.to(device), sizes).cpu().double() for sizes in pieces]
+    worst = max(float((each - expected).abs().max()) for each in found)
+    return Result(name, worst <= TOLERANCES[dtype], f"largest difference {worst:.2g}, allowed {TOLERANCES[dtype]:g}")
+
+
+def gradients(device: torch.device) -> Result:
+    """Whether float32 gives the gradients of float64 on a CPU, in units of the largest one of each parameter."""
+    found = []
+    for place, dtype in ((torch.device("cpu"), torch.float64), (device, torch.float32)):
+        implementation = "eager" if dtype == torch.float64 else "sdpa"
+        model = moved(small_model(), place, dtype, implementation).train()
+        ids = small_ids(model).to(place)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        found.append([p.grad.cpu().double() for p in model.parameters() if p.grad is not None])
+    worst = max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in zip(*found, strict=True))
+    return Result("gradients, float32", worst <= 1e-2, f"largest relative difference {worst:.2g}, allowed 0.01")
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Makes CUDA raise where the program would wait for the GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+def token_loop(device: torch.device) -> Result:
+    """Whether decoding across two segment ends never waits for the GPU."""
+    if device.type != "cuda":
+        return Result(
+            "no waiting in the token loop", None, "needs CUDA; tests/test_costs.py does it on the meta device"
+        )
+    model = moved(small_model(), device, torch.float32, "sdpa")
+    ids = small_ids(model).to(device)
+    cache, token = model.memorize(ids[:, :-1]), ids[:, -1:]
+    model(token, past_key_values=cache)
+    try:
+        with no_waiting(device):
+            for _ in range(2 * model.config.segment_length + 1):
+                token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+    except RuntimeError as error:
+        return Result("no waiting in the token loop", False, str(error).splitlines()[0])
+    return Result("no waiting in the token loop", True, f"{2 * model.config.segment_length + 1} tokens")
+
+
+def compiled_layer(device: torch.device) -> Result:
+    """Whether a layer is one graph and gives the same when compiled (on a CPU without code generation)."""
+    model, calls = moved(small_model(), device, torch.float32, "sdpa").train(), []
+    layer, ids = model.model.layers[1], small_ids(model).to(device)
+    hook = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    model(ids, use_cache=False)
+    hook.remove()
+    (states,), arguments = calls[0]
+    states = states.detach()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager" if device.type == "cpu" else "inductor")
+    with torch.no_grad():
+        worst = float((compiled(states, **arguments)[0] - layer(states, **arguments)[0]).abs().max())
+    return Result("a compiled layer, fullgraph", worst <= 1e-3, f"largest difference {worst:.2g}")
+
+
+def seconds_of(device: torch.device, task: Callable[[], Any], repetitions: int) -> float:
+    """Smallest wall time of a task after one call to warm up; the GPU has finished at both ends."""
+    times = []
+    for _ in range(repetitions + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        task()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def speed(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Tokens per second and peak memory of ours and of a Llama of equal size, in bfloat16, at every context.
+
+    Training is one row, forward and backward; prefill one prompt; decoding 32 tokens after it.
+    """
+    config = RMTConfig(
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 12 // 5 // 64 * 64 or 64,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=max(1, args.hidden_size // 64),
+        vocab_size=8192,
+        tie_word_embeddings=True,
+    )
+    models = {"ours": RMTForCausalLM(config), "llama": build_peer("llama", config)}
+    rows = []
+    for context in args.contexts:
+        ids = torch.randint(config.vocab_size, (1, context), device=device)
+        for name, each in models.items():
+            model = moved(each, device, torch.bfloat16, "sdpa")
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            try:
+                rows.append({"contender": name, "context": context, **rates(device, model, ids, args.repetitions)})
+            except torch.OutOfMemoryError:
+                rows.append({"contender": name, "context": context, "failed": "out of memory"})
+            if device.type == "cuda":
+                rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+            moved(model, torch.device("cpu"), torch.bfloat16, "sdpa")
+    return rows
+
+
+def rates(device: torch.device, model: PreTrainedModel, ids: torch.Tensor, repetitions: int) -> dict[str, float]:
+    """Tokens per second of the three phases."""
+
+    def train() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        model.zero_grad()
+
+    model.train()
+    found = {"train": ids.shape[1] / seconds_of(device, train, repetitions)}
+    model.eval()
+    with torch.no_grad():
+        found["prefill"] = ids.shape[1] / seconds_of(device, lambda: read_prompt(model, ids), repetitions)
+        _, state = read_prompt(model, ids)
+        found["decode"] = 32 / seconds_of(device, lambda: [read(model, ids[:, :1], state) for _ in range(32)], 1)
+    return found
+
+
+def check(args: argparse.Namespace) -> list[Result]:
+    """All checks."""
+    device = torch.device(args.device)
+    results = [agreement(device, name, dtype) for name in IMPLEMENTATIONS for dtype in TOLERANCES]
+    return [*results, gradients(device), token_loop(device), compiled_layer(device)]
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output-dir", type=Path, default=Path("reports/gpu_check"))
+    parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192, 32_768])
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--num-hidden-layers", type=int, default=12)
+    parser.add_argument("--repetitions", type=int, default=5)
+    args = parser.parse_args(arguments)
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda wants a GPU that torch sees: --device cpu does what is possible without one")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Checks, measures, prints and writes; ends with exit code 1 if a check fails."""
+    args = parse_arguments(arguments)
+    results = check(args)
+    for result in results:
+        print({True: "holds  ", False: "FAILS  ", None: "skipped"}[result.holds], f"{result.name}: {result.detail}")
+    rows = speed(torch.device(args.device), args)
+    for row in rows:
+        print(
+            " ".join(
+                f"{name} {value:,.0f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
+            )
+        )
+    report = {**environment(), "checks": [result._asdict() for result in results], "speed": rows}
+    if torch.device(args.device).type == "cuda":
+        report["gpu"] = torch.cuda.get_device_name()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(report, indent=1)
+    write_whole(args.output_dir / "gpu_check.json", lambda path: path.write_text(text, "utf-8"))
+    if any(result.holds is False for result in results):
+        raise SystemExit(1)
+    return report
+
+
+if __name__ == "__main__":
+    main()

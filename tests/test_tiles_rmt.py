@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from rmt_hf import tiles_rmt
+from rmt_hf import layout_rmt, tiles_rmt
 from rmt_hf.layers_rmt import RMTRMSNorm
+from rmt_hf.layout_rmt import causal_mask, kept_causal_mask
 from rmt_hf.tiles_rmt import Windows, can_be_tiled, cut_into_blocks, tiled_attention, windows_from_the_start
 from test_costs import KERNEL, Costs
 from tiny import read, tiny_ids, tiny_model
@@ -101,6 +103,36 @@ def test_a_model_computes_what_it_does_with_eager_attention(lookback, cuts, monk
         assert bool(calls) == (implementation == "sdpa")
         calls.clear()
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_masks_of_windows_are_made_once_for_all_layers_and_calls(implementation, monkeypatch):
+    model, made = tiny_model(num_hidden_layers=3), []
+    model.config._attn_implementation = implementation
+    kept_causal_mask.cache_clear()
+    monkeypatch.setattr(layout_rmt, "causal_mask", lambda *args: made.append(args) or causal_mask(*args))
+    for _ in range(2):
+        model(tiny_ids(1, 5 * S + 3), use_cache=False).logits.sum().backward()
+    assert made and len(made) == len(set(made))
+
+
+def test_a_mask_that_was_made_in_inference_mode_serves_training():
+    kept_causal_mask.cache_clear()
+    model = tiny_model(attn_implementation="eager")
+    with torch.inference_mode():
+        model(tiny_ids(1, 5 * S))
+    model(tiny_ids(1, 5 * S), use_cache=False).logits.sum().backward()
+    assert not kept_causal_mask(S, 2 * S, torch.device("cpu")).is_inference()
+
+
+def test_a_mask_never_becomes_a_fake_one():
+    kept_causal_mask.cache_clear()
+    model, ids = tiny_model(), tiny_ids(1, 5 * S)
+    expected = model(ids).logits
+    kept_causal_mask.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert isinstance(model(mode.from_tensor(ids), use_cache=False).logits, FakeTensor)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
 
 
 def test_what_the_kernel_cannot_do_is_left_to_others():

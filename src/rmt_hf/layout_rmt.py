@@ -12,6 +12,7 @@ Shapes: B rows, T columns of the call, L aligned columns, F segments of the call
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -258,6 +259,19 @@ def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.
     """(1, 1, queries, keys) bool: the last query sees all keys, each earlier one sees one key less."""
     keys = torch.arange(num_keys, device=device)
     return (keys <= torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries)[None, None]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whoever asks first: what inference mode makes cannot be used in training
+def kept_causal_mask(
+    num_queries: int, num_keys: int, device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """`causal_mask`, made once for all layers and calls; with a dtype as numbers to add to scores, 0 and -inf.
+
+    Not for tensors that only stand for others (`torch.compile`, fake tensors): a mask must not become one of them.
+    """
+    mask = causal_mask(num_queries, num_keys, device)
+    return mask if dtype is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 def _view_step(

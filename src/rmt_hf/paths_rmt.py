@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
-from .layout_rmt import causal_mask
+from .layout_rmt import causal_mask, kept_causal_mask
 from .memory_rmt import Slots, at_least_float32, own_heads
 
 
@@ -209,7 +209,9 @@ def attend(
                 "use attn_implementation='sdpa'."
             )
     elif is_causal and (implementation != "sdpa" or num_queries != num_keys):
-        make_mask = causal_block_mask if implementation == "flex_attention" else causal_mask
+        is_plain = type(query) is torch.Tensor and not torch.compiler.is_compiling()
+        make_mask: Callable = kept_causal_mask if is_plain else causal_mask
+        make_mask = causal_block_mask if implementation == "flex_attention" else make_mask
         mask, is_causal = make_mask(num_queries, num_keys, query.device), False
     if isinstance(mask, torch.Tensor) and implementation != "sdpa":
         additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)

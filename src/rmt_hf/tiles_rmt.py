@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .layout_rmt import causal_mask
+from .layout_rmt import kept_causal_mask
 
 
 BLOCK = 128  # queries: 64 is as good, 256 takes a tenth longer (docs/lab_book.md)
@@ -97,7 +97,8 @@ def can_be_tiled(module: Any, query: torch.Tensor, key: torch.Tensor, value: tor
     """Whether a layer may call `tiled_attention`: on a CPU, where SDPA is wanted and has the kernel used here."""
     is_wanted = module.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
     is_dropped_out = module.training and module.config.attention_dropout > 0
-    return is_wanted and query.is_cpu and not is_dropped_out and query.dtype == key.dtype == value.dtype
+    is_plain = type(query) is torch.Tensor and query.is_cpu and query.dtype == key.dtype == value.dtype
+    return is_wanted and is_plain and not is_dropped_out
 
 
 def tiled_attention(
@@ -130,11 +131,13 @@ class _TiledAttention(torch.autograd.Function):
     def forward(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks: list[Block], scaling: float
     ) -> tuple[torch.Tensor, ...]:
-        kernel, masks = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _masks(blocks, query)
+        kernel: Callable = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         output, sums = torch.empty_like(query), []
-        for block, mask in zip(blocks, masks, strict=True):
+        for block in blocks:
             keys, values = (block.view(states, *block.keys) for states in (key, value))
-            found, log_sum = kernel(block.view(query, *block.queries), keys, values, attn_mask=mask, scale=scaling)
+            found, log_sum = kernel(
+                block.view(query, *block.queries), keys, values, attn_mask=_mask(block, query), scale=scaling
+            )
             block.view(output, *block.queries).copy_(found)
             sums.append(log_sum)
         return output, *sums
@@ -153,20 +156,17 @@ class _TiledAttention(torch.autograd.Function):
         kernel: Callable = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         gradient = gradient.contiguous()
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        for block, mask, log_sum in zip(ctx.blocks, _masks(ctx.blocks, query), sums, strict=True):
+        for block, log_sum in zip(ctx.blocks, sums, strict=True):
             given, asked, found = (block.view(states, *block.queries) for states in (gradient, query, output))
             keys, values = (block.view(states, *block.keys) for states in (key, value))
             states = (given, asked, keys, values, found, log_sum)
-            gradients = kernel(*states, 0.0, False, attn_mask=mask, scale=ctx.scaling)
+            gradients = kernel(*states, 0.0, False, attn_mask=_mask(block, query), scale=ctx.scaling)
             block.view(of_query, *block.queries).copy_(gradients[0])
             block.add_to_keys(of_key, gradients[1])
             block.add_to_keys(of_value, gradients[2])
         return of_query, of_key, of_value, None, None
 
 
-def _masks(blocks: list[Block], like: torch.Tensor) -> list[torch.Tensor]:
-    """The causal mask of each block as the kernel wants it, (1, 1, queries, keys), to be added to the scores."""
-    shapes = {(block.queries[1], block.keys[1]) for block in blocks}
-    hidden = {shape: ~causal_mask(*shape, like.device) for shape in shapes}
-    masks = {shape: like.new_zeros(mask.shape).masked_fill_(mask, -torch.inf) for shape, mask in hidden.items()}
-    return [masks[block.queries[1], block.keys[1]] for block in blocks]
+def _mask(block: Block, like: torch.Tensor) -> torch.Tensor:
+    """The causal mask of a block as the kernel wants it, (1, 1, queries, keys)."""
+    return kept_causal_mask(block.queries[1], block.keys[1], like.device, like.dtype)

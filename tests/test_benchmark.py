@@ -188,9 +188,9 @@ def test_operations_of_a_llama_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runner.sizes() == {"parameters": weights, "parameter_bytes": 4 * weights}
 
 
-@pytest.mark.parametrize(("limit", "calls", "seconds"), [(64, 2, 0.0), (63, 1, 0.2)])
+@pytest.mark.parametrize(("limit", "calls"), [(64, 2), (63, 1)])
 @pytest.mark.parametrize("is_counted", [True, False])
-def test_a_short_call_is_warmed_up(limit, calls, seconds, is_counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_call_is_warmed_up(limit, calls, is_counted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the last one is timed."""
     monkeypatch.setattr(benchmark_worker, "WARM_UP_LIMIT", limit)
     runner, done = Runner(CONTENDERS["ours"], FIELDS), []
@@ -198,12 +198,12 @@ def test_a_short_call_is_warmed_up(limit, calls, seconds, is_counted, monkeypatc
     def step() -> None:
         done.append(1)
         if len(done) == 1:
-            time.sleep(0.2)
+            time.sleep(0.5)
 
     monkeypatch.setattr(runner, "train", lambda context, batch: step)
     figures = runner.repeat("train", [32], 2, is_counted)["results"]["32"]
     assert len(done) == calls and len(figures["wall_seconds"]) == len(figures["cpu_seconds"]) == 1
-    assert seconds <= figures["wall_seconds"][0] < seconds + 0.15
+    assert (figures["wall_seconds"][0] >= 0.5) == (calls == 1)
     assert ("flops" in figures) == is_counted
 
 

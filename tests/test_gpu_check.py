@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rmt_hf import gpu_check, tiles_rmt
-from rmt_hf.gpu_check import agreement, compiled_layer, gradients, main, token_loop
+from rmt_hf.gpu_check import agreement, attempt, compiled_layer, gradients, main, rate, token_loop
 
 
 CPU = torch.device("cpu")
@@ -19,8 +19,9 @@ def test_it_runs_on_a_cpu(tmp_path, monkeypatch):
     main([*SIZES, "--output-dir", str(tmp_path)])
     report = json.loads((tmp_path / "gpu_check.json").read_text("utf-8"))
     assert [check["holds"] for check in report["checks"]] == [True, True, None, None, True, None, True]
-    assert [row["contender"] for row in report["speed"]] == ["ours", "llama"]
-    assert all(row[phase] > 0 for row in report["speed"] for phase in ("train", "prefill", "decode"))
+    names = [(row["contender"], row["phase"]) for row in report["speed"]]
+    assert names == [(name, phase) for name in ("ours", "llama") for phase in ("train", "prefill", "decode")]
+    assert all(row["tokens_per_second"] > 0 for row in report["speed"])
 
 
 def test_a_wrong_kernel_is_noticed(tmp_path, monkeypatch):
@@ -30,7 +31,7 @@ def test_a_wrong_kernel_is_noticed(tmp_path, monkeypatch):
     )
     assert agreement(CPU, "sdpa", "float32").holds is False
     assert agreement(CPU, "eager", "float32").holds is True
-    monkeypatch.setattr(gpu_check, "check", lambda args: [agreement(CPU, "sdpa", "float32")])
+    monkeypatch.setattr(gpu_check, "check_all", lambda device: [attempt(agreement, device, "sdpa", "float32")])
     with pytest.raises(SystemExit):
         main([*SIZES, "--output-dir", str(tmp_path)])
     assert json.loads((tmp_path / "gpu_check.json").read_text("utf-8"))["checks"][0]["holds"] is False
@@ -54,3 +55,16 @@ def test_a_gpu_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "--device cpu does what is possible without one" in capsys.readouterr().err
+
+
+def test_what_raises_fails_and_the_rest_goes_on(capsys):
+    def broken(device):
+        raise ValueError("no such kernel\nand more")
+
+    assert attempt(broken, CPU) == ("broken cpu", False, "ValueError: no such kernel")
+    assert capsys.readouterr().out.startswith("FAILS")
+
+    def full():
+        raise torch.OutOfMemoryError
+
+    assert rate(CPU, full, 1) == {"failed": "out of memory"}

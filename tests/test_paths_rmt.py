@@ -6,7 +6,7 @@ from transformers.integrations import flex_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rmt_hf.layout_rmt import causal_mask
-from rmt_hf.paths_rmt import causal_block_mask
+from rmt_hf.paths_rmt import kept_block_mask
 from tiny import pad_left, read, tiny_ids, tiny_model
 
 
@@ -78,11 +78,13 @@ def test_flex_attention_is_sdpa(form, monkeypatch):
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(S, S), (S, 3 * S), (1, 5), (200, 456)])
 def test_a_block_mask_hides_what_the_mask_hides_and_is_made_once(num_queries, num_keys):
     device = torch.device("cpu")
-    block_mask = causal_block_mask(num_queries, num_keys, device)
+    with torch.inference_mode():
+        block_mask = kept_block_mask(num_queries, num_keys, device)
     queries, keys = torch.arange(num_queries)[:, None], torch.arange(num_keys)
     seen = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), queries, keys)
     assert seen.equal(causal_mask(num_queries, num_keys, device)[0, 0])
-    assert causal_block_mask(num_queries, num_keys, device) is block_mask
+    assert kept_block_mask(num_queries, num_keys, device) is block_mask
+    assert not block_mask.kv_indices.is_inference()  # or it could not be used in training
     num_seen = block_mask.kv_num_blocks + block_mask.full_kv_num_blocks
     assert num_seen.flatten().tolist() == [
         -(-min(num_keys, num_keys - num_queries + end) // 128) for end in ends(num_queries)

@@ -49,7 +49,7 @@ def random_states(num_rows, length, shift, groups=2, dtype=torch.float64):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("block", [1, 3, 4, 128])
-@pytest.mark.parametrize(("num_rows", "groups"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize(("num_rows", "groups"), [(1, 1), (3, 2), (9, 1)])
 def test_it_is_attention(case, block, num_rows, groups, monkeypatch):
     monkeypatch.setattr(tiles_rmt, "BLOCK", block)
     windows, length, shift = CASES[case]
@@ -90,7 +90,7 @@ def test_a_model_computes_what_it_does_with_eager_attention(lookback, cuts, monk
     monkeypatch.setattr(tiles_rmt, "BLOCK", 3)
     calls = []
     original = tiles_rmt.cut_into_blocks
-    monkeypatch.setattr(tiles_rmt, "cut_into_blocks", lambda *args: calls.append(args) or original(*args))
+    monkeypatch.setattr(tiles_rmt, "cut_into_blocks", lambda *args: calls.append(args[1] > 0) or original(*args))
     results = []
     for implementation in ("sdpa", "eager"):
         model = tiny_model(num_lookback_segments=lookback, use_qk_norm=True)
@@ -100,7 +100,8 @@ def test_a_model_computes_what_it_does_with_eager_attention(lookback, cuts, monk
         results.append(
             [logits, *(parameter.grad for parameter in model.parameters()), *cache.layers[1].state.tensors()]
         )
-        assert bool(calls) == (implementation == "sdpa")
+        assert (True in calls) == (implementation == "sdpa" and bool(cuts))  # behind a state
+        assert (False in calls) == (implementation == "sdpa")
         calls.clear()
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
 
@@ -135,13 +136,19 @@ def test_a_mask_never_becomes_a_fake_one():
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
 
 
-def test_what_the_kernel_cannot_do_is_left_to_others():
+def test_what_the_kernel_cannot_do_is_left_to_others(monkeypatch):
     model = tiny_model(attention_dropout=0.1, num_hidden_layers=1)
     layer, states = model.model.layers[0].self_attn, random_states(1, 4, 0)
     assert can_be_tiled(layer, *states)
     assert not can_be_tiled(layer.train(), *states)
     assert not can_be_tiled(layer.eval(), states[0], states[1], states[2].float())
     assert not can_be_tiled(layer, *(state.to("meta") for state in states))
+    assert not can_be_tiled(layer, states[0].transpose(2, 3), *states[1:])
+    assert not can_be_tiled(layer, *(states[0].detach().as_subclass(torch.nn.Parameter), *states[1:]))
+    monkeypatch.setattr(tiles_rmt, "KERNEL_HAS_GROUPS", False)
+    assert not can_be_tiled(layer, *states)
+    assert can_be_tiled(layer, states[1], *states[1:])
+    monkeypatch.undo()
     model.config._attn_implementation = "eager"
     assert not can_be_tiled(layer, *states)
 
@@ -166,3 +173,67 @@ def test_the_norm_of_zeros_has_a_gradient_that_is_finite():
     norm, states = RMTRMSNorm(4, 1e-6), torch.zeros(2, 4, requires_grad=True)
     norm(states).sum().backward()
     assert states.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_narrow_numbers(dtype, close, is_autocast, monkeypatch):
+    """Gradients of a narrow model, or of a wide one in autocast, point where those of eager float64 do."""
+    gradients, calls = [], []
+    original = tiles_rmt.cut_into_blocks
+    monkeypatch.setattr(tiles_rmt, "cut_into_blocks", lambda *args: calls.append(args) or original(*args))
+    for is_narrow in (True, False):
+        model = tiny_model(memory_write="mean", use_qk_norm=True, dtype=torch.float32 if is_autocast else torch.float64)
+        model = model.to(dtype) if is_narrow and not is_autocast else model
+        model.config._attn_implementation = "sdpa" if is_narrow else "eager"
+        with torch.autocast("cpu", dtype, enabled=is_narrow and is_autocast):
+            logits = model(tiny_ids(2, 5 * S + 3), use_cache=False).logits
+        logits.double().square().mean().backward()
+        gradients.append(torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()]))
+        assert calls
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 1 - close
+
+
+def test_norm_and_attention_under_transforms_and_twice():
+    """`torch.func` and gradients of gradients: the norm has them; attention as far as its implementation does."""
+    norm = RMTRMSNorm(8, 0.1).double()
+    states = torch.randn(3, 8, dtype=torch.float64)
+
+    def loss(row):
+        return norm(row).cos().sum()
+
+    by_row = torch.func.vmap(torch.func.grad(loss))(states)
+    torch.testing.assert_close(by_row, torch.func.grad(loss)(states), rtol=0, atol=1e-14)
+    assert torch.autograd.gradgradcheck(norm, (states.requires_grad_(),))
+    model, ids = tiny_model(num_hidden_layers=1), tiny_ids(3, 3 * S)
+    embeds = model.model.embed_tokens(ids).detach()
+    by_row = torch.func.grad(lambda inputs: model(inputs_embeds=inputs, use_cache=False).logits.square().sum())(embeds)
+    embeds.requires_grad_()
+    model(inputs_embeds=embeds, use_cache=False).logits.square().sum().backward()
+    torch.testing.assert_close(by_row, embeds.grad, rtol=0, atol=1e-11)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Gives its input no gradient at all, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, states):
+        return states.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_no_gradient_is_no_gradient():
+    norm, states = RMTRMSNorm(4, 0.1).double(), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    _NoGradient.apply(norm(states)).sum().backward()
+    tensors = random_states(1, 4, 0)
+    _NoGradient.apply(tiled_attention(*tensors, [Windows(0, 1, 4, 4)], 0.3)).sum().backward()
+    assert all(tensor.grad is None for tensor in (states, norm.weight, *tensors))
+
+
+def test_a_frozen_norm_is_given_no_gradient():
+    norm, states = RMTRMSNorm(4, 0.1).requires_grad_(False), torch.randn(2, 4, requires_grad=True)
+    norm(states).sum().backward()
+    assert norm.weight.grad is None and states.grad is not None

@@ -131,7 +131,7 @@ def test_a_run_resumes_where_it_was_cut(tmp_path) -> None:
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-6")
-    ids = tiny_ids(1, 6 * S)
+    ids = tiny_ids(1, 6 * S)  # not few rows, whose bits depend on where weights lie (RMTLinear)
     assert torch.equal(loaded(ids).logits, whole.model.eval()(ids).logits)
 
 

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,8 @@ def agreement(device: torch.device, implementation: str, dtype: str) -> Result:
     ids, segment = small_ids(model), model.config.segment_length
     whole = 4 * segment
     pieces = [[ids.shape[1]], [whole, 2 * segment + 3], [whole, *[1] * (2 * segment + 3)]]
+    if "flash" not in implementation:  # which takes no mask
+        pieces.append([segment + 5, 9, 3 * segment, ids.shape[1] - 4 * segment - 14])
     expected = logits_in_calls(model, ids, pieces[0])
     model = moved(model, device, getattr(torch, dtype), implementation)
     found = [logits_in_calls(model, ids.to(device), sizes).cpu().double() for sizes in pieces]
@@ -175,7 +178,7 @@ def seconds_of(device: torch.device, task: Callable[[], Any], repetitions: int) 
     return min(times[1:])
 
 
-def speed(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
+def speed(device: torch.device, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Tokens per second and peak memory of ours and of a Llama of equal size, in bfloat16, at every context.
 
     Training is one row, forward and backward; prefill one prompt; decoding 32 tokens after it.
@@ -189,45 +192,78 @@ def speed(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]
         tie_word_embeddings=True,
     )
     models = {"ours": RMTForCausalLM(config), "llama": build_peer("llama", config)}
-    rows = []
     for context in args.contexts:
         ids = torch.randint(config.vocab_size, (1, context), device=device)
         for name, each in models.items():
             model = moved(each, device, torch.bfloat16, "sdpa")
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            try:
-                rows.append({"contender": name, "context": context, **rates(device, model, ids, args.repetitions)})
-            except torch.OutOfMemoryError:
-                rows.append({"contender": name, "context": context, "failed": "out of memory"})
-            if device.type == "cuda":
-                rows[-1]["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+            for phase in (train, prefill, decode):
+                yield {
+                    "contender": name,
+                    "context": context,
+                    "phase": phase.__name__,
+                    **rate(device, partial(phase, model, ids), args.repetitions),
+                }
+                model.zero_grad()
             moved(model, torch.device("cpu"), torch.bfloat16, "sdpa")
-    return rows
 
 
-def rates(device: torch.device, model: PreTrainedModel, ids: torch.Tensor, repetitions: int) -> dict[str, float]:
-    """Tokens per second of the three phases."""
+def rate(device: torch.device, start: Callable[[], tuple[int, Callable[[], Any]]], repetitions: int) -> dict[str, Any]:
+    """Tokens per second of what `start` gives, and the largest memory of the GPU meanwhile, in bytes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        num_tokens, task = start()
+        found: dict[str, Any] = {"tokens_per_second": num_tokens / seconds_of(device, task, repetitions)}
+    except torch.OutOfMemoryError:
+        found = {"failed": "out of memory"}
+    return found | ({"peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})
 
-    def train() -> None:
+
+def train(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, Callable[[], Any]]:
+    """Tokens and a step of training."""
+    model.train()
+
+    def step() -> None:
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         model.zero_grad()
 
-    model.train()
-    found = {"train": ids.shape[1] / seconds_of(device, train, repetitions)}
+    return ids.shape[1], step
+
+
+def prefill(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, Callable[[], Any]]:
+    """Tokens and a prompt that is read."""
     model.eval()
-    with torch.no_grad():
-        found["prefill"] = ids.shape[1] / seconds_of(device, lambda: read_prompt(model, ids), repetitions)
-        _, state = read_prompt(model, ids)
-        found["decode"] = 32 / seconds_of(device, lambda: [read(model, ids[:, :1], state) for _ in range(32)], 1)
-    return found
+    return ids.shape[1], torch.no_grad()(lambda: read_prompt(model, ids))
 
 
-def check(args: argparse.Namespace) -> list[Result]:
+@torch.no_grad()
+def decode(model: PreTrainedModel, ids: torch.Tensor) -> tuple[int, Callable[[], Any]]:
+    """Tokens and the steps that follow a prompt."""
+    _, state = read_prompt(model.eval(), ids)
+    return 32, torch.no_grad()(lambda: [read(model, ids[:, :1], state) for _ in range(32)])
+
+
+def attempt(check: Callable[..., Result], *args: Any) -> Result:
+    """The result of a check, printed; one that raises fails, and the others go on."""
+    torch._dynamo.reset()  # or what is compiled for one check counts against the limit of the next
+    try:
+        result = check(*args)
+    except Exception as error:
+        words = str(error).strip().splitlines() or [""]
+        result = Result(" ".join([check.__name__, *map(str, args)]), False, f"{type(error).__name__}: {words[0]}")
+    print(
+        {True: "holds  ", False: "FAILS  ", None: "skipped"}[result.holds],
+        f"{result.name}: {result.detail}",
+        flush=True,
+    )
+    return result
+
+
+def check_all(device: torch.device) -> list[Result]:
     """All checks."""
-    device = torch.device(args.device)
-    results = [agreement(device, name, dtype) for name in IMPLEMENTATIONS for dtype in TOLERANCES]
-    return [*results, gradients(device), token_loop(device), compiled_layer(device)]
+    results = [attempt(agreement, device, name, dtype) for name in IMPLEMENTATIONS for dtype in TOLERANCES]
+    return results + [attempt(check, device) for check in (gradients, token_loop, compiled_layer)]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -245,26 +281,28 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Writes a report."""
+    path.write_text(json.dumps(report, indent=1), "utf-8")
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Checks, measures, prints and writes; ends with exit code 1 if a check fails."""
     args = parse_arguments(arguments)
-    results = check(args)
-    for result in results:
-        print({True: "holds  ", False: "FAILS  ", None: "skipped"}[result.holds], f"{result.name}: {result.detail}")
-    rows = speed(torch.device(args.device), args)
-    for row in rows:
-        print(
-            " ".join(
-                f"{name} {value:,.0f}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items()
-            )
-        )
-    report = {**environment(), "checks": [result._asdict() for result in results], "speed": rows}
-    if torch.device(args.device).type == "cuda":
-        report["gpu"] = torch.cuda.get_device_name()
+    device = torch.device(args.device)
+    report: dict[str, Any] = {
+        **environment(),
+        "checks": [result._asdict() for result in check_all(device)],
+        "speed": [],
+    }
+    if device.type == "cuda":
+        report["gpu"] = torch.cuda.get_device_name(device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=1)
-    write_whole(args.output_dir / "gpu_check.json", lambda path: path.write_text(text, "utf-8"))
-    if any(result.holds is False for result in results):
+    for row in speed(device, args):
+        print(json.dumps(row), flush=True)
+        report["speed"].append(row)
+        write_whole(args.output_dir / "gpu_check.json", partial(write_json, report))
+    if any(check["holds"] is False for check in report["checks"]):
         raise SystemExit(1)
     return report
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .memory_rmt import at_least_float32
+from .memory_rmt import at_least_float32, is_plain
 
 
 def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
@@ -35,14 +34,23 @@ class _RMSNorm(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:2], output[1])
+        ctx.eps = inputs[2]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
         states, weight, inverse = ctx.saved_tensors
+        if gradient is None:
+            return None, None, None
+        if torch.is_grad_enabled():  # the gradient is to have a gradient
+            normed = F.rms_norm(states, weight.shape, weight, ctx.eps)
+            wanted = [
+                each for each, is_wanted in zip((states, weight), ctx.needs_input_grad, strict=False) if is_wanted
+            ]
+            found = list(torch.autograd.grad(normed, wanted, gradient, create_graph=True))
+            return *(found.pop(0) if is_wanted else None for is_wanted in ctx.needs_input_grad[:2]), None
         unit = states * inverse
         product = gradient * unit
-        of_weight = product.reshape(-1, weight.shape[0]).sum(0)
+        of_weight = product.reshape(-1, weight.shape[0]).sum(0) if ctx.needs_input_grad[1] else None
         share = (product @ weight)[..., None] / -weight.shape[0]
         return unit.mul_(share).addcmul_(gradient, weight).mul_(inverse), of_weight, None
 
@@ -58,9 +66,9 @@ class RMTRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         wide = at_least_float32(hidden_states)
         weight = at_least_float32(self.weight).to(wide.dtype)
-        if wide.device.type != "cpu" or (self.training and torch.compiler.is_compiling()):
-            normed = F.rms_norm(wide, weight.shape, weight, self.eps)
-        elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if wide.device.type != "cpu" or (self.training and not is_plain(wide)):
+            normed = F.rms_norm(wide, weight.shape, weight, self.eps)  # which compilers and `torch.func` know
+        elif torch.is_grad_enabled() and is_plain(wide):
             normed, _ = _RMSNorm.apply(wide, weight, self.eps)
         else:
             normed = wide * weight * inverse_rms(wide, self.eps)

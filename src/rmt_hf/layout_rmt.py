@@ -24,6 +24,11 @@ FRESH, STEP, SEGMENTS = "fresh", "step", "segments"
 PLANNED_STEPS = 16  # how many steps of one token are planned in one go
 
 
+def on_device(numbers: Sequence[int] | Sequence[bool], device: torch.device) -> torch.Tensor:
+    """One number per row as a tensor (B,). `torch.tensor` with a device would wait until a GPU has done all before."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class StepView:
     """Where a step looks in the window of the state, whose columns are those of `LayerState`.
@@ -118,7 +123,7 @@ class CallLayout:
 
     def per_row(self, numbers: Sequence[int]) -> torch.Tensor:
         """One integer per row as a tensor (B,), on the device of the call."""
-        return torch.tensor(numbers, device=self.position_ids.device)
+        return on_device(numbers, self.position_ids.device)
 
     def begun(self, segment_length: int) -> torch.Tensor | None:
         """Which of the segments that may be written lie in their streams, (B, W) bool; False before a stream began."""
@@ -180,10 +185,10 @@ def plan_call(
         form, shift = SEGMENTS, offsets
         bases = [start - offset for start, offset in zip(starts, offsets, strict=True)]
         length = max(-(-(end - base) // segment) for end, base in zip(ends, bases, strict=True)) * segment
-    position_ids = torch.tensor(bases, device=device)[:, None] + torch.arange(length, device=device)
+    position_ids = on_device(bases, device)[:, None] + torch.arange(length, device=device)
     take = put = None
     if is_real is not None or form == SEGMENTS:
-        shifts = torch.tensor(shift, device=device)[:, None]
+        shifts = on_device(shift, device)[:, None]
         mask = torch.ones(len(starts), num_columns, dtype=torch.bool, device=device) if is_real is None else is_real
         order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # real columns first, in their order
         take = order.gather(1, (torch.arange(length, device=device) - shifts).clamp(0, num_columns - 1))
@@ -261,14 +266,14 @@ def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.
     return (keys <= torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries)[None, None]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 @torch.inference_mode(False)  # whoever asks first: what inference mode makes cannot be used in training
 def kept_causal_mask(
     num_queries: int, num_keys: int, device: torch.device, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """`causal_mask`, made once for all layers and calls; with a dtype as numbers to add to scores, 0 and -inf.
 
-    Not for tensors that only stand for others (`torch.compile`, fake tensors): a mask must not become one of them.
+    For plain calls alone, see `is_plain`: what only stands for a mask must not be kept.
     """
     mask = causal_mask(num_queries, num_keys, device)
     return mask if dtype is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
@@ -284,16 +289,16 @@ def _view_step(
     firsts = [segment * (1 + max(0, lookback - start // segment)) for start in starts]
     end = current + max(offsets) + length
     is_uniform = len(set(starts)) == 1 and set(counts) == {length}
-    columns = current + torch.tensor(offsets, device=device)[:, None] + torch.arange(length, device=device)  # (B, L)
+    columns = current + on_device(offsets, device)[:, None] + torch.arange(length, device=device)  # (B, L)
     global_span, global_mask = (min(firsts), end), None
     local_span, local_mask = (current + min(offsets) // chunk * chunk, end), None
     queries = columns[:, None, :, None]
     if not is_uniform:
         keys = torch.arange(*global_span, device=device)
-        global_mask = (keys <= queries) & (keys >= torch.tensor(firsts, device=device)[:, None, None, None])
+        global_mask = (keys <= queries) & (keys >= on_device(firsts, device)[:, None, None, None])
         if sees_sink:
             beyond = [start // segment > lookback for start in starts]
-            global_mask = add_sink_column(global_mask, torch.tensor(beyond, device=device))
+            global_mask = add_sink_column(global_mask, on_device(beyond, device))
     if not is_uniform or offsets[0] // chunk != (offsets[0] + length - 1) // chunk:
         keys = torch.arange(*local_span, device=device)
         local_mask = (keys <= queries) & (keys >= queries // chunk * chunk)
@@ -339,7 +344,7 @@ def _mask_windows(
     segment, lookback = config.segment_length, config.num_lookback_segments
     if min(bases) >= (lookback + sees_sink) * segment:
         return None
-    firsts = torch.tensor(bases, device=device)[:, None] + torch.arange(0, length, segment, device=device)  # (B, F)
+    firsts = on_device(bases, device)[:, None] + torch.arange(0, length, segment, device=device)  # (B, F)
     keys = firsts.flatten()[:, None] + torch.arange(-lookback * segment, segment, device=device)  # (B * F, (N + 1) * S)
     mask = causal_mask(segment, config.window_length, device) & (keys >= 0)[:, None, None]
     return add_sink_column(mask, firsts.flatten() >= config.window_length) if sees_sink else mask

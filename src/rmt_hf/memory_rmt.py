@@ -83,6 +83,15 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is what it seems in an ordinary call: nothing is being compiled or transformed (`torch.func`).
+
+    Only then may what is computed hang on more than the mathematics: own backward passes, what is kept between calls.
+    """
+    is_transformed = torch._C._are_functorch_transforms_active()
+    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and not is_transformed
+
+
 def own_heads(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter (heads, ...), or where tensor parallelism has dealt it out, the heads of this process.
 

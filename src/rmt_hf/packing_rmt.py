@@ -9,7 +9,7 @@ Shapes: B rows, T columns of the call, L aligned columns, F segments of the call
 import torch
 
 from .configuration_rmt import RMTConfig
-from .layout_rmt import SEGMENTS, CallLayout, add_sink_column, causal_mask, sink_positions
+from .layout_rmt import SEGMENTS, CallLayout, add_sink_column, causal_mask, on_device, sink_positions
 
 
 def find_restarts(
@@ -44,7 +44,7 @@ def find_restarts(
         )
     given = position_ids.expand(len(starts), -1)
     real = torch.ones_like(given, dtype=torch.bool) if is_real is None else is_real
-    begun, columns = torch.tensor(starts, device=given.device)[:, None], torch.arange(num_columns, device=given.device)
+    begun, columns = on_device(starts, given.device)[:, None], torch.arange(num_columns, device=given.device)
     rank = real.cumsum(1) - 1
     restarts = real & (given == 0) & (rank > 0)
     last = torch.where(restarts, columns, -1).cummax(1).values
@@ -89,11 +89,11 @@ def plan_packed_call(
     last = torch.where(restarts, columns, -1).cummax(1).values  # (B, T): first column of its document, -1 before
     rank = real.cumsum(1) - 1
     within = torch.where(last < 0, rank, rank - rank.gather(1, last.clamp_min(0)))
-    places = (torch.tensor(offsets, device=device)[:, None] + last.clamp_min(0) + within).clamp_min(0)  # (B, T)
+    places = (on_device(offsets, device)[:, None] + last.clamp_min(0) + within).clamp_min(0)  # (B, T)
     rows = torch.arange(len(starts), device=device)[:, None].expand_as(places)
     take = torch.zeros(len(starts), length, dtype=torch.int64, device=device)
     take[rows[real], places[real]] = columns.expand_as(places)[real]
-    firsts = torch.tensor([-(start // segment) for start in starts], device=device)[:, None]
+    firsts = on_device([-(start // segment) for start in starts], device)[:, None]
     begins = firsts.repeat(1, length // segment)
     begins[rows[restarts], places[restarts] // segment] = places[restarts] // segment
     origins = begins.cummax(1).values  # (B, F)

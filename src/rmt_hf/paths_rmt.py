@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
 from .layout_rmt import causal_mask, kept_causal_mask
-from .memory_rmt import Slots, at_least_float32, own_heads
+from .memory_rmt import Slots, at_least_float32, is_plain, own_heads
 
 
 PLAIN = (None, "eager", "sdpa")  # implementations that are the same mathematics
@@ -165,14 +165,18 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
-@lru_cache(maxsize=64)
 def causal_block_mask(num_queries: int, num_keys: int, device: torch.device) -> BlockMask:
     """`causal_mask` as flex attention wants it: it leaves out blocks of which nothing is seen."""
 
+    later = num_keys - num_queries
+
     def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return key <= query + num_keys - num_queries
+        return key <= query + later
 
     return create_block_mask(is_seen, None, None, num_queries, num_keys, device=str(device))
+
+
+kept_block_mask = lru_cache(maxsize=16)(torch.inference_mode(False)(causal_block_mask))  # see `kept_causal_mask`
 
 
 def attend(
@@ -209,10 +213,13 @@ def attend(
                 "use attn_implementation='sdpa'."
             )
     elif is_causal and (implementation != "sdpa" or num_queries != num_keys):
-        is_plain = type(query) is torch.Tensor and not torch.compiler.is_compiling()
-        make_mask: Callable = kept_causal_mask if is_plain else causal_mask
-        make_mask = causal_block_mask if implementation == "flex_attention" else make_mask
-        mask, is_causal = make_mask(num_queries, num_keys, query.device), False
+        is_kept = is_plain(query) and num_queries != num_keys  # a window, of which there are few shapes
+        makers = (
+            (causal_block_mask, kept_block_mask)
+            if implementation == "flex_attention"
+            else (causal_mask, kept_causal_mask)
+        )
+        mask, is_causal = makers[is_kept](num_queries, num_keys, query.device), False
     if isinstance(mask, torch.Tensor) and implementation != "sdpa":
         additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
         mask = additive.masked_fill(~mask, torch.finfo(query.dtype).min).expand(query.shape[0], -1, -1, -1)

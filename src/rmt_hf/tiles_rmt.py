@@ -12,11 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from transformers.utils.import_utils import is_torch_greater_or_equal
 
 from .layout_rmt import kept_causal_mask
+from .memory_rmt import is_plain
 
 
 BLOCK = 128  # queries: 64 is as good, 256 takes a tenth longer (docs/lab_book.md)
+# Older kernels take as many key/value heads as query heads for granted; this version is known not to.
+KERNEL_HAS_GROUPS = is_torch_greater_or_equal("2.13")
 
 
 class Windows(NamedTuple):
@@ -72,12 +76,16 @@ def cut_into_blocks(windows: list[Windows], shift: int, num_rows: int) -> list[B
     """The blocks of windows; key column i + `shift` is that of query column i."""
     blocks = []
     for first, num_windows, step, columns in windows:
-        first_key = first + shift + step - columns
-        for row in [None] if num_windows == 1 else range(num_rows):
+        places: list[tuple[int | None, int, int]]
+        if num_windows <= num_rows:  # fewer calls: window by window, each of all rows
+            places = [(None, first + index * step, 1) for index in range(num_windows)]
+        else:
+            places = [(row, first, num_windows) for row in range(num_rows)]
+        for row, first_query, count in places:
             for start in range(0, step, BLOCK):
                 size = min(BLOCK, step - start)
-                keys = (first_key, columns - step + start + size)
-                blocks.append(Block(row, (first + start, size), keys, num_windows, step))
+                keys = (first_query + shift + step - columns, columns - step + start + size)
+                blocks.append(Block(row, (first_query + start, size), keys, count, step))
     return blocks
 
 
@@ -95,10 +103,11 @@ def windows_from_the_start(length: int, segment: int, window: int) -> list[Windo
 
 def can_be_tiled(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a layer may call `tiled_attention`: on a CPU, where SDPA is wanted and has the kernel used here."""
-    is_wanted = module.config._attn_implementation == "sdpa" and not torch.compiler.is_compiling()
-    is_dropped_out = module.training and module.config.attention_dropout > 0
-    is_plain = type(query) is torch.Tensor and query.is_cpu and query.dtype == key.dtype == value.dtype
-    return is_wanted and is_plain and not is_dropped_out
+    is_wanted = module.config._attn_implementation == "sdpa"
+    has_dropout = module.training and module.config.attention_dropout > 0
+    is_alike = query.dtype == key.dtype == value.dtype and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    has_kernel = query.shape[2] == key.shape[2] or KERNEL_HAS_GROUPS
+    return is_wanted and is_plain(query) and query.is_cpu and is_alike and has_kernel and not has_dropout
 
 
 def tiled_attention(
@@ -151,7 +160,9 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor, *_: None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 5
         query, key, value, output, *sums = ctx.saved_tensors
         kernel: Callable = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         gradient = gradient.contiguous()

@@ -21,7 +21,7 @@ lint: $(READY) $(MLINTER_RULES)
 	$(BIN)/mypy
 	$(BIN)/mlinter --no-cache --no-progress --rules-toml $(MLINTER_RULES) src/rmt_hf
 
-# Resumes where it stopped: about an hour with the defaults, minutes with FAST=1.
+# Resumes where it stopped: about two hours with the defaults, minutes with FAST=1.
 bench: $(READY)
 	$(BIN)/python -m rmt_hf.benchmark $(if $(FAST),--output-dir reports/benchmark_fast --contenders ours llama llama_static memory_tokens --contexts 512 2048 --batch-sizes 1 --train-tokens 2048 --tokens 32 --rounds 2 --cell-seconds 10)
 

@@ -165,10 +165,10 @@ class CountOperations(TorchDispatchMode):
 @pytest.mark.parametrize("before", [0, 5, 3 * S + 5])
 @pytest.mark.parametrize("with_gradients", [False, True])
 def test_the_number_of_operations_does_not_depend_on_the_number_of_segments(form, before, with_gradients):
-    # A ring that does not turn: see the next test.
+    # A ring that does not turn: see the next test. Eight segments are more windows than rows; fewer take fewer calls.
     model = tiny_model(**{**FORMS[form], "num_memory_slots": 0 if form == "all heads" else 50 * 4})
     counts = []
-    for num_segments in (5, 40):
+    for num_segments in (8, 8, 40):  # the first one makes the masks that are kept
         cache = RMTCache(model.config)
         with torch.set_grad_enabled(with_gradients):
             if before:
@@ -178,8 +178,8 @@ def test_the_number_of_operations_does_not_depend_on_the_number_of_segments(form
                 if with_gradients:
                     torch.autograd.grad(logits.sum(), list(model.parameters()))
         counts.append(operations.counts)
-    assert counts[0] == counts[1]
-    assert counts[0]["aten.addmm.default"] + counts[0]["aten.mm.default"] > 10
+    assert counts[1] == counts[2]
+    assert counts[1]["aten.addmm.default"] + counts[1]["aten.mm.default"] > 10
 
 
 def test_each_turn_of_the_ring_costs_one_more_round(monkeypatch):

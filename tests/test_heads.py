@@ -81,10 +81,8 @@ def test_outputs_come_as_a_tuple_on_request() -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tied_and_untied_embeddings_survive_saving(tied: bool, tmp_path) -> None:
-    model, ids = (
-        tiny_model(tie_word_embeddings=tied),
-        tiny_ids(1, 60),
-    )  # not few rows, whose bits depend on where weights lie (RMTLinear)
+    model = tiny_model(tie_word_embeddings=tied)
+    ids = tiny_ids(1, 60)  # not few rows, whose bits depend on where weights lie (RMTLinear)
     model.save_pretrained(tmp_path)
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) is not tied
     again = RMTForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)

@@ -298,10 +298,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if device.type == "cuda":
         report["gpu"] = torch.cuda.get_device_name(device)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    save = partial(write_whole, args.output_dir / "gpu_check.json", partial(write_json, report))
+    save()
     for row in speed(device, args):
         print(json.dumps(row), flush=True)
         report["speed"].append(row)
-        write_whole(args.output_dir / "gpu_check.json", partial(write_json, report))
+        save()
     if any(check["holds"] is False for check in report["checks"]):
         raise SystemExit(1)
     return report

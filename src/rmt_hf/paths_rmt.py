@@ -167,7 +167,6 @@ def eager_attention_forward(
 
 def causal_block_mask(num_queries: int, num_keys: int, device: torch.device) -> BlockMask:
     """`causal_mask` as flex attention wants it: it leaves out blocks of which nothing is seen."""
-
     later = num_keys - num_queries
 
     def is_seen(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -214,12 +213,12 @@ def attend(
             )
     elif is_causal and (implementation != "sdpa" or num_queries != num_keys):
         is_kept = is_plain(query) and num_queries != num_keys  # a window, of which there are few shapes
-        makers = (
-            (causal_block_mask, kept_block_mask)
-            if implementation == "flex_attention"
-            else (causal_mask, kept_causal_mask)
-        )
-        mask, is_causal = makers[is_kept](num_queries, num_keys, query.device), False
+        make_mask: Callable
+        if implementation == "flex_attention":
+            make_mask = kept_block_mask if is_kept else causal_block_mask
+        else:
+            make_mask = kept_causal_mask if is_kept else causal_mask
+        mask, is_causal = make_mask(num_queries, num_keys, query.device), False
     if isinstance(mask, torch.Tensor) and implementation != "sdpa":
         additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
         mask = additive.masked_fill(~mask, torch.finfo(query.dtype).min).expand(query.shape[0], -1, -1, -1)

@@ -28,7 +28,7 @@ class Windows(NamedTuple):
 
     Args:
         first: Query column where the first one begins.
-        num_windows: W; one window each of all rows if it is 1.
+        num_windows: W.
         step: Queries of a window: columns from the begin of one to the begin of the next.
         columns: Keys of a window; its last query sees them all, each earlier one a key less.
     """

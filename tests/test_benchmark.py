@@ -207,6 +207,15 @@ def test_a_short_call_is_warmed_up(limit, calls, is_counted, monkeypatch: pytest
     assert ("flops" in figures) == is_counted
 
 
+def test_memory_is_given_back_before_the_next_ones_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not before it is known how much there was."""
+    events: list[str] = []
+    monkeypatch.setattr(benchmark_worker, "return_memory", lambda: events.append("returned"))
+    monkeypatch.setattr(benchmark_worker, "peak_bytes", lambda: events.append("measured") or 1)
+    Runner(CONTENDERS["ours"], FIELDS).repeat("train", [32], 2, False)
+    assert events[-2:] == ["measured", "returned"]
+
+
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="needs torch 2.13")
 def test_both_losses_are_counted_alike() -> None:
     counts = [

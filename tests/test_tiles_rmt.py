@@ -233,7 +233,10 @@ def test_no_gradient_is_no_gradient():
     assert all(tensor.grad is None for tensor in (states, norm.weight, *tensors))
 
 
-def test_a_frozen_norm_is_given_no_gradient():
+def test_a_frozen_norm_costs_no_gradient():
     norm, states = RMTRMSNorm(4, 0.1).requires_grad_(False), torch.randn(2, 4, requires_grad=True)
-    norm(states).sum().backward()
+    total = norm(states).sum()
+    with Costs() as costs:
+        total.backward()
     assert norm.weight.grad is None and states.grad is not None
+    assert not costs.operations["sum"]  # none is computed

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from rmt_hf import RMTCache, RMTConfig, memory_rmt
 from rmt_hf.attention_rmt import RMTRotaryEmbedding
-from rmt_hf.paths_rmt import rotate
+from rmt_hf.layers_rmt import rotate
 from tiny import read, tiny_ids, tiny_model
 
 

@@ -3,6 +3,8 @@
 import json
 import math
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -188,11 +190,11 @@ def test_operations_of_a_llama_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runner.sizes() == {"parameters": weights, "parameter_bytes": 4 * weights}
 
 
-@pytest.mark.parametrize(("limit", "calls"), [(64, 2), (63, 1)])
+@pytest.mark.parametrize(("limits", "calls"), [((64, 64), 3), ((64, 63), 2), ((63, 63), 1)])
 @pytest.mark.parametrize("is_counted", [True, False])
-def test_a_short_call_is_warmed_up(limit, calls, is_counted, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_call_is_warmed_up(limits, calls, is_counted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the last one is timed."""
-    monkeypatch.setattr(benchmark_worker, "WARM_UP_LIMIT", limit)
+    monkeypatch.setattr(benchmark_worker, "WARM_UP_LIMITS", limits)
     runner, done = Runner(CONTENDERS["ours"], FIELDS), []
 
     def step() -> None:
@@ -205,6 +207,23 @@ def test_a_short_call_is_warmed_up(limit, calls, is_counted, monkeypatch: pytest
     assert len(done) == calls and len(figures["wall_seconds"]) == len(figures["cpu_seconds"]) == 1
     assert (figures["wall_seconds"][0] >= 0.5) == (calls == 1)
     assert ("flops" in figures) == is_counted
+
+
+@pytest.mark.skipif(not benchmark_worker.CLEAR_REFS.exists(), reason="an allocator that Linux has")
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_memory_is_kept_within_a_turn(is_kept: bool) -> None:
+    """A large tensor made again costs no page that the system has to clear; in a process of its own."""
+    lines = [
+        "import resource, torch",
+        "from rmt_hf import benchmark_worker",
+        "benchmark_worker.keep_memory()" if is_kept else "",
+        *["torch.ones(2**25)"] * 2,  # 128 MiB
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt",
+        "torch.ones(2**25)",
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 100) == is_kept
 
 
 def test_memory_is_given_back_before_the_next_ones_turn(monkeypatch: pytest.MonkeyPatch) -> None:

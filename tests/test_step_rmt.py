@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rmt_hf.layers_rmt import FEW_ROWS, NARROW, RMTLinear
+from rmt_hf.layers_rmt import FEW_ROWS, NARROW, RMTLinear, rotate
 from rmt_hf.layout_rmt import PLANNED_STEPS, StepView, plan_call, plan_steps
-from rmt_hf.paths_rmt import rotate
 from rmt_hf.step_rmt import rotation_matrices
 from test_cache_rmt import CLOSE, FORMS, S, every_form, prompts
 from tiny import pad_left, read, tiny_config, tiny_ids, tiny_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from rmt_hf import layout_rmt, tiles_rmt
+from rmt_hf import layers_rmt, layout_rmt, tiles_rmt
 from rmt_hf.layers_rmt import RMTRMSNorm
 from rmt_hf.layout_rmt import causal_mask, kept_causal_mask
 from rmt_hf.tiles_rmt import Windows, can_be_tiled, cut_into_blocks, tiled_attention, windows_from_the_start
@@ -153,9 +153,11 @@ def test_what_the_kernel_cannot_do_is_left_to_others(monkeypatch):
     assert not can_be_tiled(layer, *states)
 
 
-@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 5, 3, 8), (8,)])
-def test_the_norm_is_the_norm(shape):
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 5, 3, 8), (8,), (7, 8)])
+@pytest.mark.parametrize("size", [2**18, 20])
+def test_the_norm_is_the_norm(shape, size, monkeypatch):
     """Values, gradients, and the bits of the form without gradients."""
+    monkeypatch.setattr(layers_rmt, "PIECE", size)
     torch.manual_seed(0)
     norm, states = RMTRMSNorm(8, 0.1).double(), torch.randn(shape, dtype=torch.float64).requires_grad_()
     norm.weight.data.normal_()
@@ -167,6 +169,89 @@ def test_the_norm_is_the_norm(shape):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
     with torch.no_grad():
         assert norm(states).equal(output)
+
+
+@pytest.mark.parametrize("shape", [(7, 8), (2, 5, 8), (2, 5, 3, 8), (1, 40, 1, 2)])
+def test_pieces_are_small_and_make_up_the_whole(shape, monkeypatch):
+    monkeypatch.setattr(layers_rmt, "PIECE", 20)
+    states, axis = torch.randn(shape), min(len(shape) - 2, 1)
+    ones = torch.arange(shape[axis]).view(*[1] * axis, -1, *[1] * (len(shape) - axis - 1))
+    cut = list(layers_rmt.pieces(states, ones))
+    assert torch.cat([piece for piece, _ in cut], axis).equal(states) and len(cut) > 1
+    assert all(piece.shape[axis] == other.shape[axis] for piece, other in cut)
+    row = states.numel() // shape[axis]
+    assert all(piece.numel() <= max(20, row) for piece, _ in cut)
+
+
+def swiglu_plainly(gate, up):
+    return torch.nn.functional.silu(gate) * up
+
+
+def rotate_plainly(states, cos, sin):
+    return states * cos + torch.cat([states[..., 4:], states[..., :4]], -1) * sin
+
+
+@pytest.mark.parametrize("length", [5, 16])
+def test_swiglu_and_rotation_in_pieces(length, monkeypatch):
+    """Values, gradients and their gradients are those of the plain form, in pieces and as a whole."""
+    torch.manual_seed(0)
+    wide = {"dtype": torch.float64}
+    gate, up = torch.randn(2, length, 8, **wide, requires_grad=True).unbind()
+    states = torch.randn(2, length, 3, 8, **wide, requires_grad=True)
+    halves = [torch.randn(rows, length, 1, 4, **wide) for rows in (1, 2)]
+    cases = [(layers_rmt.swiglu, swiglu_plainly, (gate, up))]
+    for half in halves:
+        tables = torch.cat([half.cos()] * 2, -1), torch.cat([-half.sin(), half.sin()], -1)
+        cases.append((layers_rmt.rotate, rotate_plainly, (states, *tables)))
+    for function, plainly, inputs in cases:
+        expected, given = plainly(*inputs), [each for each in inputs if each.requires_grad]
+        gradient = torch.randn_like(expected)
+        for size in (2**18, 20):
+            monkeypatch.setattr(layers_rmt, "PIECE", size)
+            found = function(*inputs)
+            assert ("Backward" in found.grad_fn.name() and "_" in found.grad_fn.name()) == (size == 20)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+            pairs = [torch.autograd.grad(each, given, gradient, retain_graph=True) for each in (found, expected)]
+            torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
+            pairs = [torch.autograd.grad(each, given, gradient, create_graph=True) for each in (found, expected)]
+            sums = [sum(each.cos().sum() for each in pair) for pair in pairs]
+            if function is layers_rmt.swiglu:  # a rotation is linear
+                pairs = [torch.autograd.grad(each, given, retain_graph=True) for each in sums]
+                torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
+            with torch.no_grad():
+                assert function(*inputs).equal(found)
+
+
+@pytest.mark.parametrize("activation", ["silu", "swish", "gelu"])
+def test_the_mlp_has_the_activation_of_the_configuration(activation, monkeypatch):
+    monkeypatch.setattr(layers_rmt, "PIECE", 20)
+    mlp = tiny_model(hidden_act=activation).model.layers[0].mlp
+    states = torch.randn(2, 9, mlp.gate_proj.in_features, dtype=mlp.gate_proj.weight.dtype)
+    plain = getattr(torch.nn.functional, {"swish": "silu"}.get(activation, activation))
+    expected = mlp.down_proj(plain(mlp.gate_proj(states)) * mlp.up_proj(states))
+    found = mlp(states)
+    torch.testing.assert_close(found, expected)
+    names = []
+    walk = [found.grad_fn]
+    while walk:
+        node = walk.pop()
+        names.append(node.name())
+        walk += [parent for parent, _ in node.next_functions if parent is not None]
+    assert ("_SwiGLUBackward" in names) == (activation != "gelu")
+
+
+def test_a_model_in_pieces_is_the_model(monkeypatch):
+    """Logits, gradients and a prompt's state, row by row of different lengths."""
+    results = []
+    for size in (2**18, 64):
+        monkeypatch.setattr(layers_rmt, "PIECE", size)
+        model, ids = tiny_model(), tiny_ids(2, 5 * S + 3)
+        logits = model(ids, use_cache=False).logits
+        logits.square().mean().backward()
+        with torch.no_grad():
+            read = model.eval()(ids, use_cache=True).logits
+        results.append((logits, read, [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-11)
 
 
 def test_the_norm_of_zeros_has_a_gradient_that_is_finite():

@@ -34,10 +34,11 @@ from .peers import read, state_tensors
 
 MIN_TOKENS = 8  # decoded at each context, however long they take
 WARM_UP_TOKENS = 2
-# Tokens of a call, up to which it is done twice, and the second time counts: in the first one, the system clears each
-# page of memory that it gives, which training and a server that runs do not feel. Longer prompts are read in pieces, or
-# are nearly all attention.
-WARM_UP_LIMIT = 65_536
+# Tokens of a call, up to which it is done once before it is timed, and up to which twice: in the first one, the system
+# clears each page of memory that it gives, which training and a server that runs do not feel; in the second, a few.
+# Longer prompts are read in pieces, or are nearly all attention.
+WARM_UP_LIMITS = (65_536, 16_384)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, NEVER = -1, -3, -1
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -91,6 +92,18 @@ def timed(figures: dict[str, Any]) -> Iterator[None]:
     yield
     figures.setdefault("cpu_seconds", []).append(time.process_time() - cpu)
     figures.setdefault("wall_seconds", []).append(time.perf_counter() - wall)
+
+
+def keep_memory() -> None:
+    """Lets the allocator keep what it has got from the system until `return_memory` (glibc; elsewhere as it is).
+
+    It would else map every tensor above 32 MiB anew, and give back the end of its heap whenever that is free: clearing
+    pages then takes up to a third of a training step on long rows. README says how users get the same.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
 def return_memory() -> None:
@@ -168,7 +181,7 @@ class Runner:
             phase: One of `PHASES`.
             contexts: Tokens of a row; several only when decoding, where they take turns at every token.
             batch: Rows of a call.
-            is_counted: Whether to count operations; calls longer than `WARM_UP_LIMIT` take a little longer then.
+            is_counted: Whether to count operations; calls that are not warmed up take a little longer then.
             limits: `tokens` and `seconds` of `decode`.
         """
         return_memory()
@@ -183,10 +196,10 @@ class Runner:
         return {"results": results, **memory}
 
     def call(self, phase: str, context: int, batch: int, is_counted: bool) -> dict[str, Any]:
-        """Figures of a training step or a prompt, done once before if it is short enough; arguments as of `repeat`."""
+        """Figures of a training step or a prompt, done before if it is short enough; arguments as of `repeat`."""
         figures: dict[str, Any] = {}
         step = getattr(self, phase)(context, batch)
-        counts = [is_counted, False] if context * batch <= WARM_UP_LIMIT else [is_counted]
+        counts = [is_counted, *[False for limit in WARM_UP_LIMITS if context * batch <= limit]]
         for index, is_counted_now in enumerate(counts):
             state, is_last = None, index == len(counts) - 1
             with counted_flops(figures) if is_counted_now else nullcontext(), timed(figures if is_last else {}):
@@ -284,6 +297,7 @@ def main() -> None:
     """Answers commands until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a model prints is no answer
+    keep_memory()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
     runner = None

@@ -3,6 +3,7 @@
 Shapes: B rows, T columns of a call, E hidden size.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,10 +13,36 @@ from torch.nn import functional as F
 from .memory_rmt import at_least_float32, is_plain
 
 
+PIECE = 2**18  # numbers of a tensor that are computed in one go: a MiB of float32
+
+
 def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
     """One over the root mean square along the last axis, (..., 1), in half the time of `mean`."""
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return torch.addcmul(wide.new_full((), eps), length, length, value=1 / wide.shape[-1]).rsqrt_()
+
+
+def pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors (rows, E) or (B or 1, T, ...) cut alike along rows or T: what is made of a piece stays in the cache.
+
+    Operations in a row on tensors that do not fit read and write main memory each.
+    """
+    first = tensors[0]
+    if first.numel() <= PIECE or first.dim() < 2:
+        return iter([tensors])
+    axis = min(first.dim() - 2, 1)
+    size = max(1, PIECE * first.shape[axis] // first.numel())
+    return zip(*(tensor.split(size, axis) for tensor in tensors), strict=True)
+
+
+def has_own_form(*tensors: torch.Tensor) -> bool:
+    """Whether to compute piece by piece, with a backward pass of our own: many numbers, on a CPU, in an ordinary call.
+
+    Compilers and `torch.func` get operations that they know.
+    """
+    first = tensors[0]
+    is_alike = all(tensor.dtype == first.dtype for tensor in tensors)
+    return first.is_cpu and is_alike and first.numel() > PIECE and is_plain(first)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -26,8 +53,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(states: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-        inverse = inverse_rms(states, eps)
-        return (states * weight).mul_(inverse), inverse
+        if states.numel() <= PIECE:
+            inverse = inverse_rms(states, eps)
+            return (states * weight).mul_(inverse), inverse
+        output, inverse = torch.empty_like(states), torch.empty_like(states[..., :1])
+        for piece, normed, found in pieces(states, output, inverse):
+            found.copy_(inverse_rms(piece, eps))
+            torch.mul(piece, weight, out=normed).mul_(found)
+        return output, inverse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -48,11 +81,89 @@ class _RMSNorm(torch.autograd.Function):
             ]
             found = list(torch.autograd.grad(normed, wanted, gradient, create_graph=True))
             return *(found.pop(0) if is_wanted else None for is_wanted in ctx.needs_input_grad[:2]), None
+        is_learned = ctx.needs_input_grad[1]
+        if states.numel() <= PIECE:
+            return *_RMSNorm.gradients(states, gradient, inverse, weight, is_learned), None
+        output, of_weight = torch.empty_like(states), None
+        for piece, given, inverse_piece, of_states in pieces(states, gradient, inverse, output):
+            of_piece, share = _RMSNorm.gradients(piece, given, inverse_piece, weight, is_learned)
+            of_states.copy_(of_piece)
+            of_weight = share if of_weight is None or share is None else of_weight.add_(share)
+        return output, of_weight, None
+
+    @staticmethod
+    def gradients(
+        states: torch.Tensor, gradient: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor, is_learned: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the states, and of the weight if it is learned."""
         unit = states * inverse
         product = gradient * unit
-        of_weight = product.reshape(-1, weight.shape[0]).sum(0) if ctx.needs_input_grad[1] else None
+        of_weight = product.reshape(-1, weight.shape[0]).sum(0) if is_learned else None
         share = (product @ weight)[..., None] / -weight.shape[0]
-        return unit.mul_(share).addcmul_(gradient, weight).mul_(inverse), of_weight, None
+        return unit.mul_(share).addcmul_(gradient, weight).mul_(inverse), of_weight
+
+
+class _SwiGLU(torch.autograd.Function):
+    """The product, without the tensor between, forward and backward."""
+
+    @staticmethod
+    def forward(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(gate)
+        for gate_piece, up_piece, product in pieces(gate, up, output):
+            torch.mul(F.silu(gate_piece), up_piece, out=product)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to have a gradient
+            share = gate.sigmoid()
+            return gradient * up * share * (1 + gate * (1 - share)), gradient * F.silu(gate)
+        of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
+        silu_backward: Callable = torch.ops.aten.silu_backward.grad_input
+        for gate_piece, up_piece, given, *found in pieces(gate, up, gradient, of_gate, of_up):
+            silu_backward(given * up_piece, gate_piece, grad_input=found[0])
+            torch.mul(given, F.silu(gate_piece), out=found[1])
+        return of_gate, of_up
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, (rows, I) each."""
+    if not has_own_form(gate, up):
+        return F.silu(gate) * up
+    return _SwiGLU.apply(gate, up)
+
+
+class _Rotation(torch.autograd.Function):
+    """Rotary encoding; the gradient is turned back."""
+
+    @staticmethod
+    def forward(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(states)
+        for piece, cos_piece, sin_piece, rotated in pieces(states, cos, sin, output):
+            other_half = piece.roll(piece.shape[-1] // 2, -1)
+            torch.mul(piece, cos_piece, out=rotated).addcmul_(other_half, sin_piece)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(gradient, cos, -sin), None, None
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary encoding of (B, L, heads, D), in their dtype (autocast mixes them); with `-sin` it is undone."""
+    if has_own_form(states, cos, sin):
+        return _Rotation.apply(states, cos, sin)
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin).to(states.dtype)
 
 
 class RMTRMSNorm(nn.Module):
@@ -70,6 +181,8 @@ class RMTRMSNorm(nn.Module):
             normed = F.rms_norm(wide, weight.shape, weight, self.eps)  # which compilers and `torch.func` know
         elif torch.is_grad_enabled() and is_plain(wide):
             normed, _ = _RMSNorm.apply(wide, weight, self.eps)
+        elif has_own_form(wide, weight):
+            normed, _ = _RMSNorm.forward(wide, weight, self.eps)
         else:
             normed = wide * weight * inverse_rms(wide, self.eps)
         return normed if normed.dtype == hidden_states.dtype else normed.to(hidden_states.dtype)

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
+from .layers_rmt import rotate
 from .layout_rmt import causal_mask, kept_causal_mask
 from .memory_rmt import Slots, at_least_float32, is_plain, own_heads
 
@@ -89,11 +90,6 @@ class RMTSink(nn.Module):
     def forward(self, cos: torch.Tensor, sin: torch.Tensor) -> Sink:
         """The sink as the windows of F segments want it, which tables (B or 1, F, 1, D) say."""
         return Sink(rotate(own_heads(self.key), cos, sin)[:, :, None], own_heads(self.value)[None])
-
-
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary encoding of (B, L, heads, D), in their dtype (autocast mixes them); with `-sin` it is undone."""
-    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin).to(states.dtype)
 
 
 class RMTFusionGate(nn.Linear):

@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from rmt_hf import layers_rmt, layout_rmt, tiles_rmt
 from rmt_hf.layers_rmt import RMTRMSNorm
 from rmt_hf.layout_rmt import causal_mask, kept_causal_mask
+from rmt_hf.paths_rmt import Paths, Shares, fuse
 from rmt_hf.tiles_rmt import Windows, can_be_tiled, cut_into_blocks, tiled_attention, windows_from_the_start
 from test_costs import KERNEL, Costs
 from tiny import read, tiny_ids, tiny_model
@@ -220,6 +221,36 @@ def test_swiglu_and_rotation_in_pieces(length, monkeypatch):
                 torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
             with torch.no_grad():
                 assert function(*inputs).equal(found)
+
+
+@pytest.mark.parametrize("num_columns", [6, 4])
+def test_fusion_in_pieces(num_columns, monkeypatch):
+    """Values, gradients and their gradients are those of the plain form; a path may have the last columns alone."""
+    torch.manual_seed(0)
+    wide = {"dtype": torch.float64, "requires_grad": True}
+    output, local = torch.randn(2, 2, 6, 3, 8, **wide).unbind()
+    memory, shares = torch.randn(2, num_columns, 3, 8, **wide), torch.randn(2, 6, 3, 2, **wide)
+    inputs = (output, local, memory, shares)
+    of_local, of_memory = shares.split(1, -1)
+    of_memory_there = of_memory[:, -num_columns:] * memory
+    expected = output + of_local * local + torch.nn.functional.pad(of_memory_there, (*[0] * 4, 6 - num_columns, 0))
+    gradient = torch.randn_like(expected)
+    for size in (2**18, 50):
+        monkeypatch.setattr(layers_rmt, "PIECE", size)
+        found = fuse(Shares(None, of_local, of_memory), Paths(output, local, memory))
+        assert ("Fusion" in found.grad_fn.name()) == (size == 50)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+        pairs = [torch.autograd.grad(each, inputs, gradient, retain_graph=True) for each in (found, expected)]
+        torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
+        pairs = [torch.autograd.grad(each, inputs, gradient, create_graph=True) for each in (found, expected)]
+        sums = [sum(each.cos().sum() for each in pair) for pair in pairs]
+        pairs = [torch.autograd.grad(each, inputs[1:], retain_graph=True) for each in sums]
+        torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
+        with torch.no_grad():
+            assert fuse(Shares(None, of_local, of_memory), Paths(output, local, memory)).equal(found)
+        softmax = shares[0, 0, 0].softmax(0)  # one number for the layer
+        found = fuse(Shares(softmax[0], softmax[1], softmax[1]), Paths(output, local, memory))
+        assert not found.equal(expected) and found.shape == expected.shape
 
 
 @pytest.mark.parametrize("activation", ["silu", "swish", "gelu"])

@@ -219,7 +219,7 @@ class RMTAttention(nn.Module):
             versions = torch.arange(1, num_later + 1, device=inputs.query.device)
             asked = pad_columns(inputs.memory_query, segment)
             from_memory = memory_attention(self, asked, self.memory.version(rounds, versions))
-            from_memory = first_columns(F.pad(from_memory, (0, 0, 0, 0, window, 0)), length)
+            from_memory = first_columns(from_memory, length - window)
         if keep_state:
             firsts = [(end // segment - lookback - 1) * segment for end in layout.ends]
             frame = (inputs.key, inputs.value, inputs.scores)

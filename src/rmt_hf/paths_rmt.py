@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
-from .layers_rmt import rotate
+from .layers_rmt import has_own_form, pieces, rotate
 from .layout_rmt import causal_mask, kept_causal_mask
 from .memory_rmt import Slots, at_least_float32, is_plain, own_heads
 
@@ -58,7 +58,10 @@ class Projections(NamedTuple):
 
 
 class Paths(NamedTuple):
-    """Outputs of the three paths, (B, L, H, D) each; None for a path that gives nothing in this call."""
+    """Outputs of the three paths, (B, L, H, D) each; None for a path that gives nothing in this call.
+
+    That of memory may have the last columns alone: before, it is zero.
+    """
 
     from_global: torch.Tensor
     from_local: torch.Tensor | None
@@ -132,11 +135,48 @@ class RMTFusion(nn.Module):
         return Shares(first, *(rest.pop(0) if there else None for there in self.exists))
 
 
+class _Fusion(torch.autograd.Function):
+    """output + share * path in the columns of the path, the last ones; shares are (B, L, H, 1)."""
+
+    @staticmethod
+    def forward(output: torch.Tensor, share: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+        first = output.shape[1] - path.shape[1]
+        if not first:
+            return torch.addcmul(output, share, path)
+        output = output.clone()
+        output[:, first:].addcmul_(share[:, first:], path)
+        return output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        share, path = ctx.saved_tensors
+        first = gradient.shape[1] - path.shape[1]
+        given, part = gradient[:, first:], share[:, first:]
+        if torch.is_grad_enabled():  # the gradient is to have a gradient
+            return gradient, F.pad((given * path).sum(-1, keepdim=True), (0, 0, 0, 0, first, 0)), given * part
+        of_share, of_path = torch.zeros_like(share), torch.empty_like(path)
+        for each, factor, seen, *found in pieces(given, part, path, of_share[:, first:], of_path):
+            torch.sum(each * seen, -1, keepdim=True, out=found[0])
+            torch.mul(each, factor, out=found[1])
+        return gradient, of_share, of_path
+
+
 def fuse(shares: Shares, paths: Paths) -> torch.Tensor:
     """Adds the paths up, each with its share: (B, L, H, D). A path that gives nothing in this call counts as zero."""
     output = paths.from_global if shares.of_global is None else shares.of_global * paths.from_global
     for share, path in zip(shares[1:], paths[1:], strict=True):
-        output = output if share is None or path is None else torch.addcmul(output, share, path)
+        if share is None or path is None:
+            continue
+        if share.dim() and has_own_form(output, share, path):
+            output = _Fusion.apply(output, share, path)
+            continue
+        missing = output.shape[1] - path.shape[1]
+        whole = F.pad(path, (0, 0, 0, 0, missing, 0)) if missing else path
+        output = torch.addcmul(output, share, whole)
     return output
 
 

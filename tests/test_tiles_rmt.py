@@ -184,6 +184,10 @@ def test_pieces_are_small_and_make_up_the_whole(shape, monkeypatch):
     assert all(piece.numel() <= max(20, row) for piece, _ in cut)
 
 
+def swiglu(gate, up):
+    return layers_rmt.gated_product(torch.nn.SiLU(), gate, up)
+
+
 def swiglu_plainly(gate, up):
     return torch.nn.functional.silu(gate) * up
 
@@ -200,13 +204,13 @@ def test_swiglu_and_rotation_in_pieces(length, monkeypatch):
     gate, up = torch.randn(2, length, 8, **wide, requires_grad=True).unbind()
     states = torch.randn(2, length, 3, 8, **wide, requires_grad=True)
     halves = [torch.randn(rows, length, 1, 4, **wide) for rows in (1, 2)]
-    cases = [(layers_rmt.swiglu, swiglu_plainly, (gate, up))]
+    cases = [(swiglu, swiglu_plainly, (gate, up))]
     for half in halves:
         tables = torch.cat([half.cos()] * 2, -1), torch.cat([-half.sin(), half.sin()], -1)
         cases.append((layers_rmt.rotate, rotate_plainly, (states, *tables)))
     for function, plainly, inputs in cases:
         expected, given = plainly(*inputs), [each for each in inputs if each.requires_grad]
-        gradient = torch.randn_like(expected)
+        gradient = torch.randn_like(expected).requires_grad_()
         for size in (2**18, 20):
             monkeypatch.setattr(layers_rmt, "PIECE", size)
             found = function(*inputs)
@@ -216,9 +220,9 @@ def test_swiglu_and_rotation_in_pieces(length, monkeypatch):
             torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
             pairs = [torch.autograd.grad(each, given, gradient, create_graph=True) for each in (found, expected)]
             sums = [sum(each.cos().sum() for each in pair) for pair in pairs]
-            if function is layers_rmt.swiglu:  # a rotation is linear
-                pairs = [torch.autograd.grad(each, given, retain_graph=True) for each in sums]
-                torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
+            inner = [gradient, *given] if function is swiglu else [gradient]  # a rotation is linear
+            pairs = [torch.autograd.grad(each, inner, retain_graph=True) for each in sums]
+            torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
             with torch.no_grad():
                 assert function(*inputs).equal(found)
 
@@ -250,7 +254,8 @@ def test_fusion_in_pieces(num_columns, monkeypatch):
             assert fuse(Shares(None, of_local, of_memory), Paths(output, local, memory)).equal(found)
         softmax = shares[0, 0, 0].softmax(0)  # one number for the layer
         found = fuse(Shares(softmax[0], softmax[1], softmax[1]), Paths(output, local, memory))
-        assert not found.equal(expected) and found.shape == expected.shape
+        whole = torch.nn.functional.pad(memory, (*[0] * 4, 6 - num_columns, 0))
+        torch.testing.assert_close(found, softmax[0] * output + softmax[1] * (local + whole), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("activation", ["silu", "swish", "gelu"])
@@ -272,23 +277,52 @@ def test_the_mlp_has_the_activation_of_the_configuration(activation, monkeypatch
 
 
 def test_a_model_in_pieces_is_the_model(monkeypatch):
-    """Logits, gradients and a prompt's state, row by row of different lengths."""
+    """Logits, gradients and states, also where rows go on, across segment ends, at different places."""
     results = []
     for size in (2**18, 64):
         monkeypatch.setattr(layers_rmt, "PIECE", size)
-        model, ids = tiny_model(), tiny_ids(2, 5 * S + 3)
+        model, ids = tiny_model(), tiny_ids(2, 9 * S + 3)
         logits = model(ids, use_cache=False).logits
         logits.square().mean().backward()
+        found = [logits, *(parameter.grad for parameter in model.parameters())]
+        mask = torch.ones(2, 5 * S + 1, dtype=torch.long)
+        mask[0, : S + 2] = 0
         with torch.no_grad():
-            read = model.eval()(ids, use_cache=True).logits
-        results.append((logits, read, [parameter.grad for parameter in model.parameters()]))
+            read = model.eval()(ids[:, : 5 * S + 1], attention_mask=mask, use_cache=True)
+            state = read.past_key_values
+            more = model(ids[:, 5 * S + 1 :], past_key_values=state)
+        states = [tensor for layer in state.layers for tensor in (*layer.state[:3], *layer.state.memory)]
+        results.append([*found, read.logits, more.logits, *states])
     torch.testing.assert_close(*results, rtol=0, atol=1e-11)
+
+
+def test_an_activation_that_somebody_listens_to_is_called(monkeypatch):
+    monkeypatch.setattr(layers_rmt, "PIECE", 20)
+    mlp, calls = tiny_model().model.layers[0].mlp, []
+    states = torch.randn(2, 9, mlp.gate_proj.in_features, dtype=mlp.gate_proj.weight.dtype)
+    expected = mlp(states)
+    for register in (mlp.act_fn.register_forward_hook, mlp.act_fn.register_forward_pre_hook):
+        handle = register(lambda *args: calls.append(args))
+        torch.testing.assert_close(mlp(states), expected)
+        handle.remove()
+    assert len(calls) == 2
+    mlp.act_fn.forward = torch.relu
+    assert not torch.allclose(mlp(states), expected)
 
 
 def test_the_norm_of_zeros_has_a_gradient_that_is_finite():
     norm, states = RMTRMSNorm(4, 1e-6), torch.zeros(2, 4, requires_grad=True)
     norm(states).sum().backward()
     assert states.grad.isfinite().all()
+
+
+def test_the_gradient_of_a_norm_is_wide_in_autocast():
+    norm, states = RMTRMSNorm(64, 0.1), torch.randn(7, 64, requires_grad=True)
+    gradients = []
+    for is_narrow in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_narrow):
+            gradients += torch.autograd.grad(norm(states).square().sum(), states)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
@@ -341,15 +375,24 @@ class _NoGradient(torch.autograd.Function):
         return None
 
 
-def test_no_gradient_is_no_gradient():
+def test_no_gradient_is_no_gradient(monkeypatch):
+    monkeypatch.setattr(layers_rmt, "PIECE", 2)
     norm, states = RMTRMSNorm(4, 0.1).double(), torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
     _NoGradient.apply(norm(states)).sum().backward()
     tensors = random_states(1, 4, 0)
     _NoGradient.apply(tiled_attention(*tensors, [Windows(0, 1, 4, 4)], 0.3)).sum().backward()
-    assert all(tensor.grad is None for tensor in (states, norm.weight, *tensors))
+    others = [torch.randn(1, 4, 2, 8, requires_grad=True) for _ in range(5)]
+    share = torch.randn(1, 4, 2, 1, requires_grad=True)
+    table = torch.randn(1, 4, 1, 8)
+    fused = fuse(Shares(None, share, None), Paths(others[0], others[1], None))
+    for made in (swiglu(*others[2:4]), layers_rmt.rotate(others[4], table, table), fused):
+        _NoGradient.apply(made).sum().backward()
+    assert all(tensor.grad is None for tensor in (states, norm.weight, *tensors, *others, share))
 
 
-def test_a_frozen_norm_costs_no_gradient():
+@pytest.mark.parametrize("size", [2**18, 4])
+def test_a_frozen_norm_costs_no_gradient(size, monkeypatch):
+    monkeypatch.setattr(layers_rmt, "PIECE", size)
     norm, states = RMTRMSNorm(4, 0.1).requires_grad_(False), torch.randn(2, 4, requires_grad=True)
     total = norm(states).sum()
     with Costs() as costs:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
-from .layers_rmt import RMTLinear, RMTRMSNorm
+from .layers_rmt import RMTLinear, RMTRMSNorm, rotate
 from .layout_rmt import FRESH, SEGMENTS, CallLayout, StepView
 from .memory_rmt import RMTMemory, Slots, empty_slots, forget_slots
 from .paths_rmt import (
@@ -28,7 +28,6 @@ from .paths_rmt import (
     local_attention,
     memory_attention,
     pad_columns,
-    rotate,
     windowed_attention,
     windows_of,
     without_sink,

@@ -4,9 +4,9 @@ Every contender runs in a process of its own, and only one computes at a time. I
 take turns, one repetition each, round after round, so that other load on the machine meets all of them.
 
 A training step is forward and backward, no optimizer, over `--train-tokens` tokens in rows as long as the context, or
-one longer row. Prefill reads a prompt and projects its last token. Both are done once to warm up, unless they are very
-long. Decoding reads one token per row after a context that was filled, not read. All models have random weights,
-float32, and equally many parameters, unless they come from a folder.
+one longer row. Prefill reads a prompt and projects its last token. Both are done once or twice to warm up, unless they
+are very long. Decoding reads one token per row after a context that was filled, not read. All models have random
+weights, float32, and equally many parameters, unless they come from a folder.
 
 Finished cells are appended to `rows.jsonl`, and what is there is not done again if settings, commit and machine are the
 same: a stopped run goes on. What is not measured has a row that says why. A home file: it does not travel with the

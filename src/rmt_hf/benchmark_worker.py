@@ -38,7 +38,7 @@ WARM_UP_TOKENS = 2
 # clears each page of memory that it gives, which training and a server that runs do not feel; in the second, a few.
 # Longer prompts are read in pieces, or are nearly all attention.
 WARM_UP_LIMITS = (65_536, 16_384)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, NEVER = -1, -3, -1
+M_TRIM_THRESHOLD, M_MMAP_MAX, NEVER = -1, -4, -1
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -102,7 +102,7 @@ def keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, NEVER)
 
 

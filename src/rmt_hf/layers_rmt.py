@@ -1,4 +1,4 @@
-"""Norm and linear map, as they are quick on a CPU.
+"""Norm, linear map, rotary encoding and gated product, as they are quick on a CPU.
 
 Shapes: B rows, T columns of a call, E hidden size.
 """
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 
 from .memory_rmt import at_least_float32, is_plain
 
@@ -41,8 +42,9 @@ def has_own_form(*tensors: torch.Tensor) -> bool:
     Compilers and `torch.func` get operations that they know.
     """
     first = tensors[0]
-    is_alike = all(tensor.dtype == first.dtype for tensor in tensors)
-    return first.is_cpu and is_alike and first.numel() > PIECE and is_plain(first)
+    if torch.compiler.is_compiling() or first.numel() <= PIECE:  # first, and cheap: every decoding step asks often
+        return False
+    return first.is_cpu and is_plain(first) and all(tensor.dtype == first.dtype for tensor in tensors)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -99,7 +101,8 @@ class _RMSNorm(torch.autograd.Function):
         unit = states * inverse
         product = gradient * unit
         of_weight = product.reshape(-1, weight.shape[0]).sum(0) if is_learned else None
-        share = (product @ weight)[..., None] / -weight.shape[0]
+        with torch.autocast("cpu", enabled=False):  # which is the caller's in a backward pass
+            share = (product @ weight)[..., None] / -weight.shape[0]
         return unit.mul_(share).addcmul_(gradient, weight).mul_(inverse), of_weight
 
 
@@ -115,10 +118,13 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if gradient is None:
+            return None, None
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to have a gradient
             share = gate.sigmoid()
@@ -131,15 +137,16 @@ class _SwiGLU(torch.autograd.Function):
         return of_gate, of_up
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, (rows, I) each."""
-    if not has_own_form(gate, up):
-        return F.silu(gate) * up
-    return _SwiGLU.apply(gate, up)
+def gated_product(act_fn: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """act_fn(gate) * up, (rows, I) each; in a form of our own only if the module is silu as it comes, without hooks."""
+    if not has_own_form(gate, up) or type(act_fn) not in (nn.SiLU, SiLUActivation):
+        return act_fn(gate) * up
+    is_changed = act_fn._forward_hooks or act_fn._forward_pre_hooks or "forward" in vars(act_fn)
+    return act_fn(gate) * up if is_changed else _SwiGLU.apply(gate, up)
 
 
 class _Rotation(torch.autograd.Function):
-    """Rotary encoding; the gradient is turned back."""
+    """Rotary encoding; the gradient is turned back, as both halves of `cos` are alike and those of `sin` opposite."""
 
     @staticmethod
     def forward(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -151,10 +158,13 @@ class _Rotation(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        if gradient is None:
+            return None, None, None
         cos, sin = ctx.saved_tensors
         return rotate(gradient, cos, -sin), None, None
 

@@ -149,10 +149,13 @@ class _Fusion(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if gradient is None:
+            return None, None, None
         share, path = ctx.saved_tensors
         first = gradient.shape[1] - path.shape[1]
         given, part = gradient[:, first:], share[:, first:]

@@ -219,6 +219,7 @@ def test_swiglu_and_rotation_in_pieces(length, monkeypatch):
             pairs = [torch.autograd.grad(each, given, gradient, retain_graph=True) for each in (found, expected)]
             torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
             pairs = [torch.autograd.grad(each, given, gradient, create_graph=True) for each in (found, expected)]
+            torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
             sums = [sum(each.cos().sum() for each in pair) for pair in pairs]
             inner = [gradient, *given] if function is swiglu else [gradient]  # a rotation is linear
             pairs = [torch.autograd.grad(each, inner, retain_graph=True) for each in sums]
@@ -247,6 +248,7 @@ def test_fusion_in_pieces(num_columns, monkeypatch):
         pairs = [torch.autograd.grad(each, inputs, gradient, retain_graph=True) for each in (found, expected)]
         torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
         pairs = [torch.autograd.grad(each, inputs, gradient, create_graph=True) for each in (found, expected)]
+        torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
         sums = [sum(each.cos().sum() for each in pair) for pair in pairs]
         pairs = [torch.autograd.grad(each, inputs[1:], retain_graph=True) for each in sums]
         torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)

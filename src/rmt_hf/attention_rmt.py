@@ -72,6 +72,14 @@ class RMTRotaryEmbedding(nn.Module):
         cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
+    def tables(self, layout: CallLayout, dtype: torch.dtype, is_step: bool = False) -> dict[str, Any]:
+        """Cosines and sines of a call as `RMTAttention` takes them; a plain step of one token needs few of them."""
+        embeddings = () if is_step else self(layout.position_ids, dtype)
+        if layout.form == SEGMENTS and layout.write_position_ids is not None:
+            embeddings += self(layout.write_position_ids, dtype)
+        ids = layout.sink_position_ids
+        return {"position_embeddings": embeddings, "sink_embeddings": None if ids is None else self(ids, dtype)}
+
 
 class Turn(NamedTuple):
     """What a turn wants; see `RMTAttention.turn`."""
@@ -127,7 +135,8 @@ class RMTAttention(nn.Module):
         token: OneToken | None = None,
         turn: Turn | None = None,
         sink_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState | None]:
+        only_state: bool = False,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, LayerState | None]:
         """Attends and, if asked, gives the state after the call.
 
         Args:
@@ -140,9 +149,11 @@ class RMTAttention(nn.Module):
             token: Given if the call is a plain step of one token, as `is_plain_step` says.
             turn: Given if the call is a step that brings rows to the end of their segment, and is to turn them.
             sink_embeddings: Cosine and sine for the sink of each segment, if a token sees it.
+            only_state: Whether no token is to attend, and the new state is all that is wanted.
 
         Returns:
-            (B, T, E); weights (B, H, T, T), or (B, H, T, (N + 1) * S) with a state, or None; the new state or None.
+            (B, T, E), or None if only the state is wanted; weights (B, H, T, T), or (B, H, T, (N + 1) * S) with a
+            state, or None; the new state or None.
         """
         hidden_states = layout.align(hidden_states)
         sink = None if self.sink is None or sink_embeddings is None else self.sink(*sink_embeddings)
@@ -151,25 +162,24 @@ class RMTAttention(nn.Module):
             fused, state = attend_one_token(self, hidden_states[:, 0], step, before, token, sink)
             state = state if turn is None else self.turn(state, *turn)
             return layout.restore(self.o_proj(fused)[:, None]), None, state
-        inputs = self._project(hidden_states, layout, keep_state, sink, *position_embeddings[:2])
-        shares = self.fusion(hidden_states)
+        inputs = self._project(hidden_states, layout, keep_state, only_state, sink, *position_embeddings[:2])
         state = None if state is None else state.to(inputs.key.dtype)
         blocks: tuple = (None, None)
         if state is None and layout.form == SEGMENTS:  # documents begin inside the rows of new streams
             columns = self.window_length + self.segment_length
             state = LayerState.empty(inputs.key, inputs.scores, columns, self.num_memory_slots)
+        paths: Paths | None
         if state is None or layout.form == FRESH:
             paths, blocks, state = self._attend_fresh(inputs, layout, keep_state)
-            fused = fuse(shares, paths)
         elif layout.step is None:
             paths, blocks, state = self._attend_segments(inputs, layout, state, position_embeddings[2:])
-            fused = fuse(shares, paths)
         else:
             state = self._lay(inputs, layout.step, state)
             paths, blocks = self._attend_step(inputs, layout.step, state)
-            fused = fuse(shares, paths)
             state = state if turn is None else self.turn(state, *turn)
-        output = self.o_proj(fused.flatten(2))
+        if paths is None:
+            return None, None, state
+        output = self.o_proj(fuse(self.fusion(hidden_states), paths).flatten(2))
         weights = self._weights_by_column(blocks, layout) if output_attentions else None
         return layout.restore(output), weights, state
 
@@ -178,6 +188,7 @@ class RMTAttention(nn.Module):
         hidden_states: torch.Tensor,
         layout: CallLayout,
         keep_state: bool,
+        only_state: bool,
         sink: Sink | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
@@ -188,25 +199,24 @@ class RMTAttention(nn.Module):
             states = getattr(self, f"{name}_proj")(states).unflatten(-1, (-1, self.head_dim))
             return getattr(self, f"{name}_norm")(states) if self.use_qk_norm and name != "v" else states
 
-        query, key, value = (heads(name, hidden_states) for name in ("q", "k", "v"))
-        asking = hidden_states[:, self.window_length :].contiguous() if layout.form == FRESH else hidden_states
-        memory_query = heads("memory_q", asking) if layout.reads_memory else None
+        key, value = (heads(name, hidden_states) for name in ("k", "v"))
+        query = memory_query = None
+        if not only_state:
+            query = rotate(heads("q", hidden_states), cos, sin)
+            asking = hidden_states[:, self.window_length :].contiguous() if layout.form == FRESH else hidden_states
+            memory_query = heads("memory_q", asking) if layout.reads_memory else None
         writes = self.num_memory_slots > 0 and (layout.reads_memory or keep_state)
-        scores = self.memory.scores(hidden_states) if writes else query[:, :, 0, :0]
-        rotated_key = rotate(key, cos, sin)
-        return Projections(rotate(query, cos, sin), rotated_key, key, value, memory_query, scores, sink)
+        scores = self.memory.scores(hidden_states) if writes else key[:, :, 0, :0]
+        return Projections(query, rotate(key, cos, sin), key, value, memory_query, scores, sink)
 
     def _attend_fresh(
         self, inputs: Projections, layout: CallLayout, keep_state: bool
-    ) -> tuple[Paths, tuple, LayerState | None]:
+    ) -> tuple[Paths | None, tuple, LayerState | None]:
         """All rows begin their stream here: one causal block as long as the window, then whole segments."""
         segment, lookback = self.segment_length, self.num_lookback_segments
-        length, window = inputs.query.shape[1], self.window_length
+        length, window = inputs.key.shape[1], self.window_length
         num_later = max(0, -(-(length - window) // segment))  # segments that do not see the beginning any more
-        from_global, weights = self._attend_fresh_global(inputs, num_later)
-        from_local = from_memory = rounds = state = None
-        if self.use_local_attention:
-            from_local = local_attention(self, inputs.query, inputs.key, inputs.value)
+        paths, weights, rounds, state = None, (None, None), None, None
         writes = [max(0, end // segment - lookback) for end in layout.ends]
         if self.num_memory_slots and (num_later or keep_state):
             written = (
@@ -214,20 +224,28 @@ class RMTAttention(nn.Module):
                 for states in (inputs.unrotated_key, inputs.value, inputs.scores)
             )
             rounds = self._write_segments(empty_slots(inputs.value, self.num_memory_slots), *written)
-        if rounds is not None and inputs.memory_query is not None:
-            versions = torch.arange(1, num_later + 1, device=inputs.query.device)
-            asked = pad_columns(inputs.memory_query, segment)
-            from_memory = memory_attention(self, asked, self.memory.version(rounds, versions))
-            from_memory = first_columns(from_memory, length - window)
+        if inputs.query is not None:
+            from_global, weights = self._attend_fresh_global(inputs.query, inputs, num_later)
+            from_local = from_memory = None
+            if self.use_local_attention:
+                from_local = local_attention(self, inputs.query, inputs.key, inputs.value)
+            if rounds is not None and inputs.memory_query is not None:
+                versions = torch.arange(1, num_later + 1, device=inputs.key.device)
+                asked = pad_columns(inputs.memory_query, segment)
+                from_memory = memory_attention(self, asked, self.memory.version(rounds, versions))
+                from_memory = first_columns(from_memory, length - window)
+            paths = Paths(from_global, from_local, from_memory)
         if keep_state:
             firsts = [(end // segment - lookback - 1) * segment for end in layout.ends]
             frame = (inputs.key, inputs.value, inputs.scores)
             state = self._closing_state(frame, layout, firsts, rounds, writes, None)
-        return Paths(from_global, from_local, from_memory), weights, state
+        return paths, weights, state
 
-    def _attend_fresh_global(self, inputs: Projections, num_later: int) -> tuple[torch.Tensor, tuple]:
+    def _attend_fresh_global(
+        self, query: torch.Tensor, inputs: Projections, num_later: int
+    ) -> tuple[torch.Tensor, tuple]:
         """Global attention of new streams; the weights of the causal block and of the later segments."""
-        query, key, value = inputs.query, inputs.key, inputs.value
+        key, value = inputs.key, inputs.value
         length, segment, window = query.shape[1], self.segment_length, self.window_length
         if inputs.sink is None and can_be_tiled(self, query, key, value):
             windows = windows_from_the_start(length, segment, window)
@@ -247,7 +265,7 @@ class RMTAttention(nn.Module):
 
     def _attend_segments(
         self, inputs: Projections, layout: CallLayout, state: LayerState, write_rotary: tuple[torch.Tensor, ...]
-    ) -> tuple[Paths, tuple, LayerState]:
+    ) -> tuple[Paths | None, tuple, LayerState]:
         """Rows go on with their streams, across segment ends: whole segments from where each row stands."""
         segment, lookback = self.segment_length, self.num_lookback_segments
         kept = (lookback + 1) * segment
@@ -260,11 +278,7 @@ class RMTAttention(nn.Module):
             return torch.cat([old[:, :kept], current, new[:, segment:]], 1)
 
         keys, values = join(state.keys.transpose(1, 2), inputs.key), join(state.values.transpose(1, 2), inputs.value)
-        scores = join(state.scores, inputs.scores)
-        outputs, weights = self._attend_segments_global(inputs, layout, keys, values)
-        from_local = from_memory = None
-        if self.use_local_attention:
-            from_local = local_attention(self, inputs.query, keys[:, kept:], values[:, kept:])
+        scores, paths, weights = join(state.scores, inputs.scores), None, None
         rounds = self.memory.write(state.memory, None) if self.num_memory_slots else None
         if rounds is not None and write_rotary:
             written = slice(segment, segment + write_rotary[0].shape[1])
@@ -273,26 +287,32 @@ class RMTAttention(nn.Module):
             rounds = self._write_segments(
                 state.memory, unrotated, values[:, written], scores[:, written], begun, meets_empty
             )
-        if rounds is not None and inputs.memory_query is not None:
-            versions = torch.arange(layout.length // segment, device=offsets.device)
-            memory = self._memory_after(rounds, versions, versions[None], layout)
-            from_memory = memory_attention(self, inputs.memory_query, memory)
+        if inputs.query is not None:
+            from_global, weights = self._attend_segments_global(inputs.query, inputs.sink, layout, keys, values)
+            from_local = from_memory = None
+            if self.use_local_attention:
+                from_local = local_attention(self, inputs.query, keys[:, kept:], values[:, kept:])
+            if rounds is not None and inputs.memory_query is not None:
+                versions = torch.arange(layout.length // segment, device=offsets.device)
+                memory = self._memory_after(rounds, versions, versions[None], layout)
+                from_memory = memory_attention(self, inputs.memory_query, memory)
+            paths = Paths(from_global, from_local, from_memory)
         writes = layout.turns(segment)
         firsts = [count * segment for count in writes]
         state = self._closing_state((keys, values, scores), layout, firsts, rounds, writes, state.previous_memory)
-        return Paths(outputs, from_local, from_memory), (weights, None), state
+        return paths, (weights, None), state
 
     def _attend_segments_global(
-        self, inputs: Projections, layout: CallLayout, keys: torch.Tensor, values: torch.Tensor
+        self, query: torch.Tensor, sink: Sink | None, layout: CallLayout, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Global attention to keys and values (B, (N + 1 + F) * S, G, D) of the window before the call and the call."""
-        query, segment, window = inputs.query, self.segment_length, self.window_length
-        sees_all = inputs.sink is None and layout.window_mask is None
+        segment, window = self.segment_length, self.window_length
+        sees_all = sink is None and layout.window_mask is None
         if sees_all and can_be_tiled(self, query, keys, values):
             windows = [Windows(0, query.shape[1] // segment, segment, window)]
             return tiled_attention(query, keys, values, windows, self.scaling, shift=window), None
         seen_keys, seen_values = (windows_of(states[:, segment:], self.config) for states in (keys, values))
-        return windowed_attention(self, query, seen_keys, seen_values, layout.window_mask, inputs.sink)
+        return windowed_attention(self, query, seen_keys, seen_values, layout.window_mask, sink)
 
     def _meets_empty(self, layout: CallLayout) -> torch.Tensor | None:
         """Which of the segments that a call writes find the ring place of an earlier document, (B, W) bool."""
@@ -318,8 +338,10 @@ class RMTAttention(nn.Module):
         scores = lay_columns(state.scores, 1, step.columns, inputs.scores)
         return state._replace(keys=keys, values=values, scores=scores)
 
-    def _attend_step(self, inputs: Projections, step: StepView, state: LayerState) -> tuple[Paths, tuple]:
+    def _attend_step(self, inputs: Projections, step: StepView, state: LayerState) -> tuple[Paths | None, tuple]:
         """No row leaves its segment: the window, new tokens included, is looked at as it lies in the state."""
+        if inputs.query is None:
+            return None, (None, None)
         keys, values = state.keys.transpose(1, 2), state.values.transpose(1, 2)
         seen = slice(*step.global_span)
         seen_keys, seen_values = keys[:, seen], values[:, seen]

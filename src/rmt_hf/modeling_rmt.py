@@ -43,8 +43,9 @@ from .inputs_rmt import (
     refuse_reentrant_checkpoints,
     stream_starts,
 )
+from .last_layer_rmt import can_leave_out, last_columns_alone
 from .layers_rmt import RMTLinear, RMTRMSNorm, gated_product
-from .layout_rmt import SEGMENTS, STEP, CallLayout, fixed_step, plan_call
+from .layout_rmt import STEP, CallLayout, fixed_step, plan_call
 from .loss_rmt import check_chunked_loss, chunked_loss
 from .memory_rmt import RMTMemory
 from .packing_rmt import find_restarts, plan_packed_call
@@ -82,6 +83,8 @@ class RMTDecoderLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, LayerState | None]:
         """(B, T, E) to (B, T, E) and the layer's new state; other arguments as `RMTAttention.forward` takes them."""
         attended, _, state = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
+        if attended is None:  # only the state was wanted
+            return hidden_states, state
         if hasattr(self, "reshard") and torch.is_grad_enabled():  # `fully_shard` has made it an FSDPModule
             attended = attended + self.self_attn.zero_with_gradient()
         hidden_states = hidden_states + attended
@@ -184,7 +187,8 @@ class RMTPreTrainedModel(PreTrainedModel):
         size = max(1, MEMORIZE_TOKENS // num_rows // segment) * segment
         starts = range(0, num_columns, size)
         # A pipeline is a matter of the model with its head, and sends nothing between stages but in its forward.
-        reader = partial(self, logits_to_keep=1) if hasattr(self, "_pp_stage") else self.base_model
+        is_stage = hasattr(self, "_pp_stage")
+        reader = partial(self, logits_to_keep=1) if is_stage else partial(self.base_model, num_wanted=0)
         for start in logging.tqdm(starts, desc="Memorizing", unit=f"x{size} tokens", disable=not show_progress):
             columns = slice(start, start + size)
             mask = None if attention_mask is None else attention_mask[:, columns]
@@ -230,6 +234,7 @@ class RMTModel(RMTPreTrainedModel):
         past_key_values: RMTCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        num_wanted: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Reads T more columns of B streams.
@@ -242,6 +247,7 @@ class RMTModel(RMTPreTrainedModel):
             past_key_values: The state of the B streams, changed by the call; None begins new streams.
             inputs_embeds: (B, T, E) instead of `input_ids`.
             use_cache: Whether to return a state although none was given.
+            num_wanted: Last columns that are wanted, None for all. A long call without gradients may give these alone.
 
         Returns:
             `last_hidden_state` (B, T, E) and `past_key_values`.
@@ -260,8 +266,10 @@ class RMTModel(RMTPreTrainedModel):
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
             )
             output_attentions = kwargs.get("output_attentions") or self.config.output_attentions
+            is_watched = past_key_values is None or output_attentions
+            num_wanted = num_wanted if not is_watched and can_leave_out(self, layout, num_wanted) else None
             hidden_states, states, has_turned = self._run_layers(
-                hidden_states, layout, past_key_values, output_attentions
+                hidden_states, layout, past_key_values, output_attentions, num_wanted
             )
             if past_key_values is not None:
                 self._conclude(states, layout, past_key_values, has_turned)
@@ -292,35 +300,38 @@ class RMTModel(RMTPreTrainedModel):
         return inputs_embeds, plan_call(self.config, starts, is_real, num_columns, inputs_embeds.device)
 
     def _run_layers(
-        self, hidden_states: torch.Tensor, layout: CallLayout, cache: RMTCache | None, output_attentions: bool
+        self,
+        hidden_states: torch.Tensor,
+        layout: CallLayout,
+        cache: RMTCache | None,
+        output_attentions: bool,
+        num_wanted: int | None,
     ) -> tuple[torch.Tensor, list[LayerState], bool]:
         """The only loop over layers: (B, T, E) to (B, T, E), the state of each layer, and whether it has turned."""
         turn = None if cache is None or torch.compiler.is_compiling() else self._turn(layout)
         if torch.compiler.is_compiling() and layout.form == STEP and layout.length == 1 and layout.take is None:
             layout = fixed_step(self.config, layout.position_ids)
         tokens: Sequence[OneToken | None] = [None] * len(self.layers)
-        position_embeddings: tuple[torch.Tensor, ...] = ()
         if cache is not None and not output_attentions and is_plain_step(self, layout):
             tokens = one_token(self, layout, cache, hidden_states.dtype)
-        else:
-            position_embeddings = self.rotary_emb(layout.position_ids, hidden_states.dtype)
-        if layout.form == SEGMENTS and layout.write_position_ids is not None:
-            position_embeddings += self.rotary_emb(layout.write_position_ids, hidden_states.dtype)
-        ids = layout.sink_position_ids
-        sink_embeddings = None if ids is None else self.rotary_emb(ids, hidden_states.dtype)
+        tables = self.rotary_emb.tables(layout, hidden_states.dtype, is_step=tokens[0] is not None)
         states: list[Any] = []
         for index, (layer, token) in enumerate(zip(self.layers, tokens, strict=True)):
-            found = layer(
-                hidden_states,
-                layout=layout,
-                position_embeddings=position_embeddings,
-                state=None if cache is None else cache.layers[index].state,
-                keep_state=cache is not None,
-                output_attentions=output_attentions,
-                token=token,
-                turn=turn,
-                sink_embeddings=sink_embeddings,
-            )
+            state = None if cache is None else cache.layers[index].state
+            found: Any
+            if num_wanted is not None and index == len(self.layers) - 1:
+                found = last_columns_alone(self, hidden_states, layout, state, num_wanted)
+            else:
+                found = layer(
+                    hidden_states,
+                    layout=layout,
+                    state=state,
+                    keep_state=cache is not None,
+                    output_attentions=output_attentions,
+                    token=token,
+                    turn=turn,
+                    **tables,
+                )
             # In the place of a layer of another stage of a pipeline stands an identity, which has no state.
             hidden_states, state = found if isinstance(found, tuple) else (found, None)
             states.append(state)
@@ -390,6 +401,7 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
             RuntimeError: As `RMTModel.forward`, and if `config.use_chunked_loss` meets a torch before 2.13.
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
+        is_kept = labels is None and isinstance(logits_to_keep, int) and logits_to_keep > 0
         is_plain = type(self.lm_head) in (nn.Linear, RMTLinear) and not hasattr(self.lm_head.weight, "device_mesh")
         in_chunks = labels is not None and self.config.use_chunked_loss and is_plain
         if in_chunks:
@@ -401,6 +413,7 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            num_wanted=logits_to_keep if is_kept else None,
             **kwargs,
         )
         logits = loss = None

@@ -45,10 +45,11 @@ class Sink(NamedTuple):
 class Projections(NamedTuple):
     """What attention makes of the aligned hidden states: (B, L, heads, D) each, scores (B, L, ...); and the sink.
 
-    The memory query of new streams is that of tokens beyond the first window alone: before, memory is empty.
+    The memory query of new streams is that of tokens beyond the first window alone: before, memory is empty. Neither
+    query is there if the state after the call is all that is wanted.
     """
 
-    query: torch.Tensor
+    query: torch.Tensor | None
     key: torch.Tensor
     unrotated_key: torch.Tensor
     value: torch.Tensor

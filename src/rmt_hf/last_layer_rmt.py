@@ -3,11 +3,11 @@
 Shapes: B rows, T columns of a call, E hidden size.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from .layout_rmt import CallLayout, plan_call
+from .layout_rmt import STEP, CallLayout, plan_call
 from .state_rmt import LayerState
 
 
@@ -20,19 +20,20 @@ def can_leave_out(model: Any, layout: CallLayout, num_wanted: int | None) -> boo
     It must be worth it, the call may have no gradients and no documents that begin inside, and nobody may listen to
     the layer: hooks would hear of other calls than they know.
     """
-    last = model.layers[-1]
-    if num_wanted is None or layout.num_columns - num_wanted <= LEAST_SEGMENTS * model.config.segment_length:
+    if num_wanted is None or layout.form == STEP:
         return False
-    if torch.is_grad_enabled() or layout.origins is not None or not hasattr(last, "self_attn"):
+    if layout.num_columns - num_wanted <= LEAST_SEGMENTS * model.config.segment_length:
+        return False
+    last = model.layers[-1]
+    if torch.is_grad_enabled() or layout.origins is not None or not hasattr(last, "self_attn"):  # of another stage
         return False
     return not any(module._forward_hooks or module._forward_pre_hooks for module in last.modules())
 
 
-@torch.compiler.disable  # plans are Python
 def last_columns_alone(
     model: Any, hidden_states: torch.Tensor, layout: CallLayout, state: LayerState | None, num_wanted: int
-) -> tuple[torch.Tensor, LayerState | None]:
-    """What the last layer gives for the last columns of a call, as if it were cut before them, and the state after it.
+) -> tuple[torch.Tensor, LayerState]:
+    """What last layer and norm give for the last columns of a call, as if cut before them, and the state of the layer.
 
     Args:
         model: The `RMTModel`.
@@ -56,4 +57,4 @@ def last_columns_alone(
         states, state = model.layers[-1](piece, layout=part, state=state, **given, **tables)
         starts = list(part.ends)
         found = found if only_state else states
-    return found, state
+    return model.norm(found), cast(LayerState, state)

@@ -268,9 +268,14 @@ class RMTModel(RMTPreTrainedModel):
             output_attentions = kwargs.get("output_attentions") or self.config.output_attentions
             is_watched = past_key_values is None or output_attentions
             num_wanted = num_wanted if not is_watched and can_leave_out(self, layout, num_wanted) else None
+            num_layers = len(self.layers) - (num_wanted is not None)
             hidden_states, states, has_turned = self._run_layers(
-                hidden_states, layout, past_key_values, output_attentions, num_wanted
+                hidden_states, layout, past_key_values, output_attentions, num_layers
             )
+            if num_wanted is not None:
+                state = cast(RMTCache, past_key_values).layers[-1].state
+                hidden_states, state = last_columns_alone(self, hidden_states, layout, state, num_wanted)
+                states.append(state)
             if past_key_values is not None:
                 self._conclude(states, layout, past_key_values, has_turned)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
@@ -300,42 +305,33 @@ class RMTModel(RMTPreTrainedModel):
         return inputs_embeds, plan_call(self.config, starts, is_real, num_columns, inputs_embeds.device)
 
     def _run_layers(
-        self,
-        hidden_states: torch.Tensor,
-        layout: CallLayout,
-        cache: RMTCache | None,
-        output_attentions: bool,
-        num_wanted: int | None,
+        self, hidden_states: torch.Tensor, layout: CallLayout, cache: Any, output_attentions: bool, num_layers: int
     ) -> tuple[torch.Tensor, list[LayerState], bool]:
-        """The only loop over layers: (B, T, E) to (B, T, E), the state of each layer, and whether it has turned."""
+        """The only loop over layers: (B, T, E) to (B, T, E), the states of so many, and whether they have turned."""
         turn = None if cache is None or torch.compiler.is_compiling() else self._turn(layout)
         if torch.compiler.is_compiling() and layout.form == STEP and layout.length == 1 and layout.take is None:
             layout = fixed_step(self.config, layout.position_ids)
-        tokens: Sequence[OneToken | None] = [None] * len(self.layers)
-        if cache is not None and not output_attentions and is_plain_step(self, layout):
+        tokens: Sequence[OneToken | None] = [None] * num_layers
+        is_plain = cache is not None and not output_attentions and is_plain_step(self, layout)
+        if is_plain:
             tokens = one_token(self, layout, cache, hidden_states.dtype)
-        tables = self.rotary_emb.tables(layout, hidden_states.dtype, is_step=tokens[0] is not None)
+        tables = self.rotary_emb.tables(layout, hidden_states.dtype, is_plain)
         states: list[Any] = []
-        for index, (layer, token) in enumerate(zip(self.layers, tokens, strict=True)):
-            state = None if cache is None else cache.layers[index].state
-            found: Any
-            if num_wanted is not None and index == len(self.layers) - 1:
-                found = last_columns_alone(self, hidden_states, layout, state, num_wanted)
-            else:
-                found = layer(
-                    hidden_states,
-                    layout=layout,
-                    state=state,
-                    keep_state=cache is not None,
-                    output_attentions=output_attentions,
-                    token=token,
-                    turn=turn,
-                    **tables,
-                )
+        for index, (token, layer) in enumerate(zip(tokens, self.layers, strict=False)):
+            found = layer(
+                hidden_states,
+                layout=layout,
+                state=None if cache is None else cache.layers[index].state,
+                keep_state=cache is not None,
+                output_attentions=output_attentions,
+                token=token,
+                turn=turn,
+                **tables,
+            )
             # In the place of a layer of another stage of a pipeline stands an identity, which has no state.
             hidden_states, state = found if isinstance(found, tuple) else (found, None)
             states.append(state)
-        return self.norm(hidden_states), states, turn is not None
+        return hidden_states if num_layers < len(self.layers) else self.norm(hidden_states), states, turn is not None
 
     def _turn(self, layout: CallLayout) -> Turn | None:
         """What the layers want to move on the rows that a step brings to the end of their segment; None if it has none.

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
+from rmt_hf import last_layer_rmt
 from rmt_hf.layout_rmt import fixed_step, plan_call
 from test_cache_rmt import CLOSE, FORMS, S, assert_same_rows, every_form, prompts
 from tiny import pad_left, read, tiny_config, tiny_ids, tiny_model
@@ -36,13 +37,17 @@ def test_compiled_once_for_every_position(form, rows):
 
 
 @torch.no_grad()
-def test_generate_with_a_compiled_forward():
+def test_generate_with_a_compiled_forward(monkeypatch):
     model, ids = tiny_model(), tiny_ids(1, 2 * S + 5)
     settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 5 * S}
     expected = model.generate(ids, **settings)
-    counter = CompileCounter()
+    counter, original, seen = CompileCounter(), last_layer_rmt.plan_call, []
+    monkeypatch.setattr(
+        last_layer_rmt, "plan_call", lambda *args: seen.append(torch.compiler.is_compiling()) or original(*args)
+    )
     model.forward = torch.compile(model.forward, backend=counter)
     assert torch.equal(model.generate(ids, **settings), expected)
+    assert seen == [False] * 2  # the last layer of the prompt is not compiled
     compiled = counter.frame_count
     assert torch.equal(model.generate(ids, **settings), expected)
     assert counter.frame_count == compiled > 0

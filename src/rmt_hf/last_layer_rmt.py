@@ -11,25 +11,30 @@ from .layout_rmt import STEP, CallLayout, plan_call
 from .state_rmt import LayerState
 
 
-LEAST_SEGMENTS = 2  # that are left out; the second, short call of the layer must be worth it
+LEAST_SEGMENTS = 2  # that are left out if the layer is called a second time: it must be worth it
+QUIET_HOOKS = (
+    "transformers.utils.output_capturing"  # stay for ever after one call, and are silent unless they are asked
+)
 
 
 def can_leave_out(model: Any, layout: CallLayout, num_wanted: int | None) -> bool:
     """Whether the last layer of an `RMTModel` may compute the columns alone that are wanted.
 
     It must be worth it, the call may have no gradients and no documents that begin inside, and nobody may listen to
-    the layer: hooks would hear of other calls than they know.
+    the layer, the norm or the model: hooks would hear of other calls than they know.
     """
-    if num_wanted is None or layout.form == STEP:
+    if num_wanted is None or layout.form == STEP or torch.is_grad_enabled() or layout.origins is not None:
         return False
-    if layout.num_columns - num_wanted <= LEAST_SEGMENTS * model.config.segment_length:
-        return False
+    least = LEAST_SEGMENTS * model.config.segment_length if num_wanted else 0
     last = model.layers[-1]
-    if torch.is_grad_enabled() or layout.origins is not None or not hasattr(last, "self_attn"):  # of another stage
+    if layout.num_columns - num_wanted <= least or not hasattr(last, "self_attn"):  # that is in another stage
         return False
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in last.modules())
+    modules = (model, model.norm, *last.modules())
+    hooks = [hook for each in modules for hook in (*each._forward_hooks.values(), *each._forward_pre_hooks.values())]
+    return all(getattr(hook, "__module__", None) == QUIET_HOOKS for hook in hooks)
 
 
+@torch.compiler.disable  # with all that it calls: plans are Python
 def last_columns_alone(
     model: Any, hidden_states: torch.Tensor, layout: CallLayout, state: LayerState | None, num_wanted: int
 ) -> tuple[torch.Tensor, LayerState]:

@@ -81,7 +81,7 @@ class RMTDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMTRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, LayerState | None]:
-        """(B, T, E) to (B, T, E) and the layer's new state; other arguments as `RMTAttention.forward` takes them."""
+        """(B, T, E) to (B, T, E), as it was if only the state is wanted, and the state; see `RMTAttention.forward`."""
         attended, _, state = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
         if attended is None:  # only the state was wanted
             return hidden_states, state
@@ -250,7 +250,7 @@ class RMTModel(RMTPreTrainedModel):
             num_wanted: Last columns that are wanted, None for all. A long call without gradients may give these alone.
 
         Returns:
-            `last_hidden_state` (B, T, E) and `past_key_values`.
+            `last_hidden_state` (B, T, E), or the columns that are wanted, and `past_key_values`.
 
         Raises:
             ValueError: If an input breaks a rule; nothing has been changed then.
@@ -266,7 +266,8 @@ class RMTModel(RMTPreTrainedModel):
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
             )
             output_attentions = kwargs.get("output_attentions") or self.config.output_attentions
-            is_watched = past_key_values is None or output_attentions
+            wants_states = kwargs.get("output_hidden_states") or self.config.output_hidden_states
+            is_watched = past_key_values is None or output_attentions or wants_states
             num_wanted = num_wanted if not is_watched and can_leave_out(self, layout, num_wanted) else None
             num_layers = len(self.layers) - (num_wanted is not None)
             hidden_states, states, has_turned = self._run_layers(
@@ -307,7 +308,7 @@ class RMTModel(RMTPreTrainedModel):
     def _run_layers(
         self, hidden_states: torch.Tensor, layout: CallLayout, cache: Any, output_attentions: bool, num_layers: int
     ) -> tuple[torch.Tensor, list[LayerState], bool]:
-        """The only loop over layers: (B, T, E) to (B, T, E), the states of so many, and whether they have turned."""
+        """The only loop over layers, and the norm after all: (B, T, E), the states, and whether they have turned."""
         turn = None if cache is None or torch.compiler.is_compiling() else self._turn(layout)
         if torch.compiler.is_compiling() and layout.form == STEP and layout.length == 1 and layout.take is None:
             layout = fixed_step(self.config, layout.position_ids)

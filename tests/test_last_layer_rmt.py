@@ -83,7 +83,7 @@ def test_who_asks_for_more_gets_it(inputs):
     if "output_hidden_states" in inputs:
         assert all(states.shape[1] == 6 * S for states in outputs.hidden_states)
     else:
-        assert outputs.attentions[-1].shape[2] == 6 * S
+        assert [weights.shape[2] for weights in outputs.attentions] == [6 * S] * len(model.model.layers)
 
 
 @torch.no_grad()

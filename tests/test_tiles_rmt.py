@@ -184,6 +184,18 @@ def test_pieces_are_small_and_make_up_the_whole(shape, monkeypatch):
     assert all(piece.numel() <= max(20, row) for piece, _ in cut)
 
 
+def assert_same(found, expected, inputs, gradient, inner):
+    """Values, gradients of the inputs, as they are and with a graph, and gradients of these with respect to `inner`."""
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    pairs = [torch.autograd.grad(each, inputs, gradient, retain_graph=True) for each in (found, expected)]
+    torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
+    pairs = [torch.autograd.grad(each, inputs, gradient, create_graph=True) for each in (found, expected)]
+    torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
+    sums = [sum(each.cos().sum() for each in pair) for pair in pairs]
+    pairs = [torch.autograd.grad(each, inner, retain_graph=True) for each in sums]
+    torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
+
+
 def swiglu(gate, up):
     return layers_rmt.gated_product(torch.nn.SiLU(), gate, up)
 
@@ -215,15 +227,8 @@ def test_swiglu_and_rotation_in_pieces(length, monkeypatch):
             monkeypatch.setattr(layers_rmt, "PIECE", size)
             found = function(*inputs)
             assert ("Backward" in found.grad_fn.name() and "_" in found.grad_fn.name()) == (size == 20)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
-            pairs = [torch.autograd.grad(each, given, gradient, retain_graph=True) for each in (found, expected)]
-            torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
-            pairs = [torch.autograd.grad(each, given, gradient, create_graph=True) for each in (found, expected)]
-            torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
-            sums = [sum(each.cos().sum() for each in pair) for pair in pairs]
             inner = [gradient, *given] if function is swiglu else [gradient]  # a rotation is linear
-            pairs = [torch.autograd.grad(each, inner, retain_graph=True) for each in sums]
-            torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
+            assert_same(found, expected, given, gradient, inner)
             with torch.no_grad():
                 assert function(*inputs).equal(found)
 
@@ -244,14 +249,7 @@ def test_fusion_in_pieces(num_columns, monkeypatch):
         monkeypatch.setattr(layers_rmt, "PIECE", size)
         found = fuse(Shares(None, of_local, of_memory), Paths(output, local, memory))
         assert ("Fusion" in found.grad_fn.name()) == (size == 50)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
-        pairs = [torch.autograd.grad(each, inputs, gradient, retain_graph=True) for each in (found, expected)]
-        torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
-        pairs = [torch.autograd.grad(each, inputs, gradient, create_graph=True) for each in (found, expected)]
-        torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
-        sums = [sum(each.cos().sum() for each in pair) for pair in pairs]
-        pairs = [torch.autograd.grad(each, inputs[1:], retain_graph=True) for each in sums]
-        torch.testing.assert_close(*pairs, rtol=0, atol=1e-13)
+        assert_same(found, expected, inputs, gradient, inputs[1:])
         with torch.no_grad():
             assert fuse(Shares(None, of_local, of_memory), Paths(output, local, memory)).equal(found)
         softmax = shares[0, 0, 0].softmax(0)  # one number for the layer

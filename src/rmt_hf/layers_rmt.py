@@ -145,6 +145,12 @@ def gated_product(act_fn: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> to
     return act_fn(gate) * up if is_changed else _SwiGLU.apply(gate, up)
 
 
+def keep_factors(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+    """Of an operation that is linear in its first input, the backward pass needs the others; no gradient stays none."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[1:])
+
+
 class _Rotation(torch.autograd.Function):
     """Rotary encoding; the gradient is turned back, as both halves of `cos` are alike and those of `sin` opposite."""
 
@@ -156,10 +162,7 @@ class _Rotation(torch.autograd.Function):
             torch.mul(piece, cos_piece, out=rotated).addcmul_(other_half, sin_piece)
         return output
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:])
+    setup_context = staticmethod(keep_factors)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:

@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
-from .layers_rmt import has_own_form, pieces, rotate
+from .layers_rmt import has_own_form, keep_factors, pieces, rotate
 from .layout_rmt import causal_mask, kept_causal_mask
 from .memory_rmt import Slots, at_least_float32, is_plain, own_heads
 
@@ -148,10 +148,7 @@ class _Fusion(torch.autograd.Function):
         output[:, first:].addcmul_(share[:, first:], path)
         return output
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:])
+    setup_context = staticmethod(keep_factors)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

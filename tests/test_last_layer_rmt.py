@@ -39,7 +39,7 @@ def test_last_columns_and_state_are_those_of_the_whole(num_wanted, begun, num_co
     results, calls = [], []
     original = last_layer_rmt.last_columns_alone
     monkeypatch.setattr("rmt_hf.modeling_rmt.last_columns_alone", lambda *args: calls.append(1) or original(*args))
-    for least in (2, 1000):
+    for least in (1, 1000):
         monkeypatch.setattr(last_layer_rmt, "LEAST_SEGMENTS", least)
         model, ids = tiny_model(**fields).eval(), tiny_ids(2, begun + num_columns + 3)
         state = read(model, ids[:, :begun], 1)[1] if begun else None
@@ -70,6 +70,15 @@ def test_what_is_left_out_is_not_computed():
     with Costs() as whole:
         model(ids, past_key_values=RMTCache(model.config))
     assert costs.bytes < 0.7 * whole.bytes
+
+
+@pytest.mark.parametrize(("num_columns", "is_cut"), [(S + 1, False), (S + 2, True)])
+@torch.no_grad()
+def test_a_prompt_is_cut_if_a_segment_is_left_out(num_columns, is_cut, monkeypatch):
+    calls, original = [], last_layer_rmt.last_columns_alone
+    monkeypatch.setattr("rmt_hf.modeling_rmt.last_columns_alone", lambda *args: calls.append(1) or original(*args))
+    read(tiny_model().eval(), tiny_ids(1, num_columns), 1)
+    assert bool(calls) is is_cut
 
 
 @pytest.mark.parametrize("inputs", [{"output_hidden_states": True}, {"output_attentions": True}])

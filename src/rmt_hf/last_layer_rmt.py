@@ -11,7 +11,7 @@ from .layout_rmt import STEP, CallLayout, plan_call
 from .state_rmt import LayerState
 
 
-LEAST_SEGMENTS = 2  # that are left out if the layer is called a second time: it must be worth it
+LEAST_SEGMENTS = 1  # left out at least if the layer is called a second time: it must be worth it
 QUIET_HOOKS = (
     "transformers.utils.output_capturing"  # stay for ever after one call, and are silent unless they are asked
 )

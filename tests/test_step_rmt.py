@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rmt_hf import layers_rmt
 from rmt_hf.layers_rmt import FEW_ROWS, NARROW, RMTLinear, rotate
 from rmt_hf.layout_rmt import PLANNED_STEPS, StepView, plan_call, plan_steps
 from rmt_hf.step_rmt import rotation_matrices
 from test_cache_rmt import CLOSE, FORMS, S, every_form, prompts
+from test_costs import Costs
 from tiny import pad_left, read, tiny_config, tiny_ids, tiny_model
 
 
@@ -112,7 +114,9 @@ def test_a_rotation_is_a_product(rows):
 @pytest.mark.parametrize("shape", [(1, 1), (1,), (2, 1), (FEW_ROWS,), (3, FEW_ROWS)])
 @pytest.mark.parametrize("width", [24, NARROW + 8])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_few_rows_are_multiplied_as_many_are(shape, width, bias):
+@pytest.mark.parametrize("one_row_is_slow", [False, True])
+def test_a_few_rows_are_multiplied_as_many_are(shape, width, bias, one_row_is_slow, monkeypatch):
+    monkeypatch.setattr(layers_rmt, "ONE_ROW_IS_SLOW", one_row_is_slow)
     linear = RMTLinear(width, 10, bias=bias).double().eval()
     states = torch.randn(*shape, width, dtype=torch.float64, requires_grad=True)
     got, want = linear(states), F.linear(states, linear.weight, linear.bias)
@@ -122,3 +126,12 @@ def test_a_few_rows_are_multiplied_as_many_are(shape, width, bias):
     for pair in zip(*gradients, strict=True):
         torch.testing.assert_close(*pair, rtol=0, atol=1e-10)  # sums of squares up to 1,000
     assert torch.equal(linear.train()(states), want)
+
+
+@pytest.mark.parametrize("one_row_is_slow", [False, True])
+@torch.no_grad()
+def test_one_row_is_doubled_only_where_that_is_quicker(one_row_is_slow, monkeypatch):
+    monkeypatch.setattr(layers_rmt, "ONE_ROW_IS_SLOW", one_row_is_slow)
+    with Costs() as costs:
+        RMTLinear(24, 10).eval()(torch.randn(1, 24))
+    assert costs.operations["cat"] == one_row_is_slow

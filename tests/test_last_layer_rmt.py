@@ -26,6 +26,13 @@ def read(model, ids, num_wanted, state=None, **inputs):
     return logits, state
 
 
+def noted_calls(monkeypatch) -> list[int]:
+    """Grows by one at every call of `last_columns_alone`."""
+    calls, original = [], last_layer_rmt.last_columns_alone
+    monkeypatch.setattr("rmt_hf.modeling_rmt.last_columns_alone", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
 @pytest.mark.parametrize("num_wanted", [1, S + 2])
 @pytest.mark.parametrize("begun", [0, 1, 3 * S, 3 * S + 2])
 @pytest.mark.parametrize("num_columns", [4 * S, 7 * S - 1])
@@ -36,9 +43,7 @@ def read(model, ids, num_wanted, state=None, **inputs):
 @torch.no_grad()
 def test_last_columns_and_state_are_those_of_the_whole(num_wanted, begun, num_columns, fields, padding, monkeypatch):
     """New and old streams, padding at either end, between or nearly everywhere; and what is read after it."""
-    results, calls = [], []
-    original = last_layer_rmt.last_columns_alone
-    monkeypatch.setattr("rmt_hf.modeling_rmt.last_columns_alone", lambda *args: calls.append(1) or original(*args))
+    results, calls = [], noted_calls(monkeypatch)
     for least in (1, 1000):
         monkeypatch.setattr(last_layer_rmt, "LEAST_SEGMENTS", least)
         model, ids = tiny_model(**fields).eval(), tiny_ids(2, begun + num_columns + 3)
@@ -75,8 +80,7 @@ def test_what_is_left_out_is_not_computed():
 @pytest.mark.parametrize(("num_columns", "is_cut"), [(S + 1, False), (S + 2, True)])
 @torch.no_grad()
 def test_a_prompt_is_cut_if_a_segment_is_left_out(num_columns, is_cut, monkeypatch):
-    calls, original = [], last_layer_rmt.last_columns_alone
-    monkeypatch.setattr("rmt_hf.modeling_rmt.last_columns_alone", lambda *args: calls.append(1) or original(*args))
+    calls = noted_calls(monkeypatch)
     read(tiny_model().eval(), tiny_ids(1, num_columns), 1)
     assert bool(calls) is is_cut
 

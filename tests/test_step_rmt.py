@@ -111,12 +111,19 @@ def test_a_rotation_is_a_product(rows):
         torch.testing.assert_close(states[:, column] @ for_query, 0.3 * wanted[:, column], **CLOSE)
 
 
+@pytest.fixture(params=[(False, False), (True, False), (True, True)], ids=["Intel", "AMD with AVX2", "AMD with AVX-512"])
+def processor(request, monkeypatch) -> tuple[bool, bool]:
+    """Whether few rows are slow, and whether one is even slower, whatever the tests run on."""
+    for name, value in zip(("FEW_ROWS_ARE_SLOW", "ONE_ROW_IS_SLOW"), request.param, strict=True):
+        monkeypatch.setattr(layers_rmt, name, value)
+    return request.param
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1,), (2, 1), (FEW_ROWS,), (3, FEW_ROWS)])
 @pytest.mark.parametrize("width", [24, NARROW + 8])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("one_row_is_slow", [False, True])
-def test_a_few_rows_are_multiplied_as_many_are(shape, width, bias, one_row_is_slow, monkeypatch):
-    monkeypatch.setattr(layers_rmt, "ONE_ROW_IS_SLOW", one_row_is_slow)
+@pytest.mark.usefixtures("processor")
+def test_a_few_rows_are_multiplied_as_many_are(shape, width, bias):
     linear = RMTLinear(width, 10, bias=bias).double().eval()
     states = torch.randn(*shape, width, dtype=torch.float64, requires_grad=True)
     got, want = linear(states), F.linear(states, linear.weight, linear.bias)
@@ -128,10 +135,13 @@ def test_a_few_rows_are_multiplied_as_many_are(shape, width, bias, one_row_is_sl
     assert torch.equal(linear.train()(states), want)
 
 
-@pytest.mark.parametrize("one_row_is_slow", [False, True])
 @torch.no_grad()
-def test_one_row_is_doubled_only_where_that_is_quicker(one_row_is_slow, monkeypatch):
-    monkeypatch.setattr(layers_rmt, "ONE_ROW_IS_SLOW", one_row_is_slow)
-    with Costs() as costs:
-        RMTLinear(24, 10).eval()(torch.randn(1, 24))
-    assert costs.operations["cat"] == one_row_is_slow
+def test_few_rows_are_multiplied_another_way_only_where_that_is_quicker(processor):
+    few_rows_are_slow, one_row_is_slow = processor
+    linear = RMTLinear(24, 10).eval()
+    for rows in (1, FEW_ROWS, FEW_ROWS + 1):
+        with Costs() as costs:
+            linear(torch.randn(rows, 24))
+        is_other = few_rows_are_slow and rows <= FEW_ROWS and (rows > 1 or one_row_is_slow)
+        assert costs.operations["clone"] == is_other  # of the transposed product
+        assert costs.operations["cat"] == (is_other and rows == 1)

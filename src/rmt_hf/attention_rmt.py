@@ -32,7 +32,7 @@ from .paths_rmt import (
     windows_of,
     without_sink,
 )
-from .state_rmt import LayerState, lay_columns
+from .state_rmt import LayerState, cut_columns, lay_columns
 from .step_rmt import OneToken, attend_one_token
 from .tiles_rmt import Windows, can_be_tiled, tiled_attention, windows_from_the_start
 
@@ -269,10 +269,13 @@ class RMTAttention(nn.Module):
         """Rows go on with their streams, across segment ends: whole segments from where each row stands."""
         segment, lookback = self.segment_length, self.num_lookback_segments
         kept = (lookback + 1) * segment
-        offsets = layout.per_row([start % segment for start in layout.starts])
+        places = [start % segment for start in layout.starts]
+        offsets = layout.per_row(places)
         is_old = torch.arange(segment, device=offsets.device) < offsets[:, None]  # (B, S)
 
         def join(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            if len(set(places)) == 1:
+                return torch.cat([old[:, : kept + places[0]], new[:, places[0] :]], 1)
             is_old_here = is_old.reshape(*is_old.shape, *[1] * (old.dim() - 2))
             current = torch.where(is_old_here, old[:, kept:], new[:, :segment])
             return torch.cat([old[:, :kept], current, new[:, segment:]], 1)
@@ -431,19 +434,7 @@ class RMTAttention(nn.Module):
         previous: Slots | None,
     ) -> LayerState:
         """The state after a call: last columns of the frame (B, columns, ...), memory after each row's writes."""
-        rows = torch.arange(len(firsts), device=frame[0].device)[:, None]
-        columns = layout.per_row(firsts)[:, None] + torch.arange(
-            self.window_length + self.segment_length, device=frame[0].device
-        )
-        outside = (columns < 0) | (columns >= frame[0].shape[1])
-        if layout.origins is not None:
-            outside |= columns < (layout.origins[:, -1:] + self.num_lookback_segments + 1) * self.segment_length
-        columns = columns.clamp(0, frame[0].shape[1] - 1)
-        keys, values, scores = (
-            states[rows, columns].masked_fill(outside.reshape(*outside.shape, *[1] * (states.dim() - 2)), 0)
-            for states in frame
-        )
-        keys, values = (states.transpose(1, 2).contiguous() for states in (keys, values))
+        keys, values, scores = self._closing_window(frame, layout, firsts)
         if rounds is None:
             none = empty_slots(frame[0], 0)
             return LayerState(keys, values, scores, none, none)
@@ -456,6 +447,26 @@ class RMTAttention(nn.Module):
         if previous is not None:
             before = previous.replace_rows(counts > 0, before)
         return LayerState(keys, values, scores, memory, before)
+
+    def _closing_window(
+        self, frame: tuple[torch.Tensor, ...], layout: CallLayout, firsts: list[int]
+    ) -> tuple[torch.Tensor, ...]:
+        """Keys and values (B, G, (N + 2) * S, D) and scores of the frame from a column of each row on, zeros outside."""
+        length, num_columns = frame[0].shape[1], self.window_length + self.segment_length
+        if len(set(firsts)) == 1 and layout.origins is None:
+            by_head = (frame[0].transpose(1, 2), frame[1].transpose(1, 2), frame[2])
+            return tuple(cut_columns(states, firsts[0], num_columns) for states in by_head)
+        rows = torch.arange(len(firsts), device=frame[0].device)[:, None]
+        columns = layout.per_row(firsts)[:, None] + torch.arange(num_columns, device=frame[0].device)
+        outside = (columns < 0) | (columns >= length)
+        if layout.origins is not None:
+            outside |= columns < (layout.origins[:, -1:] + self.num_lookback_segments + 1) * self.segment_length
+        columns = columns.clamp(0, length - 1)
+        keys, values, scores = (
+            states[rows, columns].masked_fill(outside.reshape(*outside.shape, *[1] * (states.dim() - 2)), 0)
+            for states in frame
+        )
+        return keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous(), scores
 
     def _weights_by_column(self, weights: tuple, layout: CallLayout) -> torch.Tensor | None:
         """Global attention weights as a map (B, H, T, keys); see `forward`."""

@@ -201,26 +201,31 @@ class RMTRMSNorm(nn.Module):
         return normed if normed.dtype == hidden_states.dtype else normed.to(hidden_states.dtype)
 
 
-# Up to these a product with the weights on the left is the quicker one: rows, width, and numbers in all rows.
+# Up to these a product with the weights on the left is the quicker one: rows, width, and numbers in all rows. So it is
+# where MKL runs on a processor of AMD's; on Intel's it is quick as it is, and older versions of torch do not tell.
 FEW_ROWS, NARROW, FEW_NUMBERS = 8, 1024, 4096
-DTYPES_OF_MKL = (torch.float32, torch.float64)
+PROCESSOR = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
+FEW_ROWS_ARE_SLOW = torch.backends.mkl.is_available() and "AMD" in PROCESSOR
 ONE_ROW_IS_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX512"  # with AVX2 it is as quick as memory
+DTYPES_OF_MKL = (torch.float32, torch.float64)
 
 
 class RMTLinear(nn.Linear):
-    """A linear map whose product is written another way for a few rows of a narrow layer on a CPU.
+    """A linear map whose product is written another way for a few rows of a narrow layer on a CPU of AMD's.
 
     MKL takes up to three times as long for states @ weight.T as for weight @ states.T there, and with AVX-512 for one
-    column twice as long as for two; with AVX2 one row is left as it is. Sums come in another order, which may even
-    depend on where the weights lie in memory, so training never uses it.
+    column twice as long as for two; with AVX2 one row is left as it is. On Intel's it is the other way round. Sums come
+    in another order, which may even depend on where the weights lie in memory, so training never uses it.
     """
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if not FEW_ROWS_ARE_SLOW or self.training:
+            return super().forward(states)
         weight = self.weight
         numbers, (out_features, width) = states.numel(), weight.shape  # of this process, if they are dealt out
         is_few = numbers <= FEW_ROWS * width and numbers < FEW_NUMBERS and width <= NARROW
         is_few = is_few and (numbers > width or ONE_ROW_IS_SLOW)
-        if self.training or not is_few or not states.is_cpu or states.dtype not in DTYPES_OF_MKL:
+        if not is_few or not states.is_cpu or states.dtype not in DTYPES_OF_MKL:
             return super().forward(states)
         is_flat = states.dim() == 2
         flat = states if is_flat else states.reshape(-1, width)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from .memory_rmt import Slots, at_least_float32, empty_slots, where_rows
 
@@ -107,6 +108,14 @@ class LayerState(NamedTuple):
 
         keys, values, scores = map(clear, self[:3])
         return LayerState(keys, values, scores, forget(self.memory), forget(self.previous_memory))
+
+
+def cut_columns(states: torch.Tensor, first: int, num_columns: int) -> torch.Tensor:
+    """Columns of (..., columns, width) from `first` on, in memory of their own; zeros where there are none."""
+    end = first + num_columns
+    part = states[..., max(0, first) : end, :]
+    missing = (max(0, -first), max(0, end - states.shape[-2]))
+    return F.pad(part, (0, 0, *missing)) if any(missing) else part.clone(memory_format=torch.contiguous_format)
 
 
 def owned(window: torch.Tensor) -> torch.Tensor:

@@ -111,7 +111,9 @@ def test_a_rotation_is_a_product(rows):
         torch.testing.assert_close(states[:, column] @ for_query, 0.3 * wanted[:, column], **CLOSE)
 
 
-@pytest.fixture(params=[(False, False), (True, False), (True, True)], ids=["Intel", "AMD with AVX2", "AMD with AVX-512"])
+@pytest.fixture(
+    params=[(False, False), (True, False), (True, True)], ids=["Intel", "AMD with AVX2", "AMD with AVX-512"]
+)
 def processor(request, monkeypatch) -> tuple[bool, bool]:
     """Whether few rows are slow, and whether one is even slower, whatever the tests run on."""
     for name, value in zip(("FEW_ROWS_ARE_SLOW", "ONE_ROW_IS_SLOW"), request.param, strict=True):

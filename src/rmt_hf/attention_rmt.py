@@ -451,7 +451,7 @@ class RMTAttention(nn.Module):
     def _closing_window(
         self, frame: tuple[torch.Tensor, ...], layout: CallLayout, firsts: list[int]
     ) -> tuple[torch.Tensor, ...]:
-        """Keys and values (B, G, (N + 2) * S, D) and scores of the frame from a column of each row on, zeros outside."""
+        """Keys and values (B, G, (N + 2) * S, D), and scores, from a column of each row on; zeros outside the frame."""
         length, num_columns = frame[0].shape[1], self.window_length + self.segment_length
         if len(set(firsts)) == 1 and layout.origins is None:
             by_head = (frame[0].transpose(1, 2), frame[1].transpose(1, 2), frame[2])

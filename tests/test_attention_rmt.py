@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from rmt_hf import RMTCache, RMTConfig, memory_rmt
 from rmt_hf.attention_rmt import RMTRotaryEmbedding
 from rmt_hf.layers_rmt import rotate
+from rmt_hf.state_rmt import cut_columns
 from tiny import read, tiny_ids, tiny_model
 
 
@@ -144,6 +145,19 @@ FORMS = {
     "sink": {"use_attention_sink": True, "num_memory_slots": 2},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("first", [-4, -1, 0, 2, 3, 6])
+def test_columns_are_cut_out_with_zeros_where_there_are_none(first, is_transposed):
+    states = torch.randn(2, 7, 3, 4).transpose(1, 2) if is_transposed else torch.randn(2, 7, 4)
+    found = cut_columns(states, first, 5)
+    for column in range(5):
+        there = 0 <= first + column < 7
+        wanted = states[..., first + column, :] if there else torch.zeros_like(states[..., 0, :])
+        assert torch.equal(found[..., column, :], wanted)
+    assert found.shape[-2] == 5 and found.is_contiguous()
+    assert found.untyped_storage().nbytes() == found.nbytes  # it does not keep the frame alive
 
 
 # No loop over segments: the whole of a call is a fixed number of operations, however long it is.

@@ -55,11 +55,13 @@ def test_the_form_of_a_call(starts, rows, form, length):
 
 
 def test_uniform_calls_need_no_index_and_no_mask():
-    fresh, step = plan([0, 0], 20), plan([13, 13], 1)
-    for layout in (fresh, step):
+    fresh, step, whole_segments = plan([0, 0], 20), plan([13, 13], 1), plan([12, 18], 12)
+    for layout in (fresh, step, whole_segments):
         assert (layout.take, layout.put, layout.is_real, layout.window_mask) == (None,) * 4
     assert (step.step.global_mask, step.step.local_mask) == (None, None)
     assert step.step.columns.shape == (1,)
+    for starts, num_columns in (([12, 18], 11), ([13, 19], 11), ([12, 19], 12)):  # a segment is cut
+        assert plan(starts, num_columns).take is not None
     assert plan([13, 19], 20).window_mask is None  # both rows have a whole window before them
 
 

@@ -59,10 +59,12 @@ def test_each_document_is_read_as_if_it_were_alone(form: str) -> None:
 
 @every_form
 @torch.no_grad()
-@pytest.mark.parametrize("cuts", [(), (8 * S,), (S, 2 * S, 9 * S)])
-def test_a_state_holds_the_last_document_only(form: str, cuts: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("rows", "cuts"), [(ROWS, ()), (ROWS, (8 * S,)), (ROWS, (S, 2 * S, 9 * S)), ([[7 * S + 3, 5]], ())]
+)
+def test_a_state_holds_the_last_document_only(form: str, rows: list[list[int]], cuts: tuple[int, ...]) -> None:
     """After packed calls, the first of which begins the streams, rows go on as their last documents alone."""
-    model, (batch, documents) = tiny_model(**FORMS[form]), packed()
+    model, (batch, documents) = tiny_model(**FORMS[form]), packed(rows)
     cache, start, logits = RMTCache(model.config), 0, []
     for size in [*cuts, batch["input_ids"].shape[1] - sum(cuts)]:
         piece = {name: tensor[:, start : start + size] for name, tensor in batch.items()}
@@ -71,7 +73,7 @@ def test_a_state_holds_the_last_document_only(form: str, cuts: tuple[int, ...]) 
             cache.reset(rows=begins)
         logits.append(model(**piece, past_key_values=cache).logits)
         start += size
-    logits, more = torch.cat(logits, 1), tiny_ids(len(ROWS), 3 * S + 1, seed=99)
+    logits, more = torch.cat(logits, 1), tiny_ids(len(rows), 3 * S + 1, seed=99)
     single, going_on = cache.split(), model(more, past_key_values=cache).logits
     for row, alone in enumerate(documents):
         for ids, place in alone:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from rmt_hf import layers_rmt
-from rmt_hf.layers_rmt import FEW_ROWS, NARROW, RMTLinear, rotate
+from rmt_hf.layers_rmt import FEW_ROWS, NARROW, RMTLinear, processor_name, rotate
 from rmt_hf.layout_rmt import PLANNED_STEPS, StepView, plan_call, plan_steps
 from rmt_hf.step_rmt import rotation_matrices
 from test_cache_rmt import CLOSE, FORMS, S, every_form, prompts
@@ -147,3 +147,12 @@ def test_few_rows_are_multiplied_another_way_only_where_that_is_quicker(processo
         is_other = few_rows_are_slow and rows <= FEW_ROWS and (rows > 1 or one_row_is_slow)
         assert costs.operations["clone"] == is_other  # of the transposed product
         assert costs.operations["cat"] == (is_other and rows == 1)
+
+
+def test_the_processor_is_named_where_torch_tells(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "AMD EPYC"}, raising=False)
+    assert processor_name() == "AMD EPYC"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert processor_name() == ""
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert processor_name() == ""

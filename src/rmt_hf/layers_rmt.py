@@ -3,7 +3,7 @@
 Shapes: B rows, T columns of a call, E hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -201,11 +201,16 @@ class RMTRMSNorm(nn.Module):
         return normed if normed.dtype == hidden_states.dtype else normed.to(hidden_states.dtype)
 
 
-# Up to these a product with the weights on the left is the quicker one: rows, width, and numbers in all rows. So it is
-# where MKL runs on a processor of AMD's; on Intel's it is quick as it is, and older versions of torch do not tell.
+def processor_name() -> str:
+    """Vendor and kind of the CPU; empty where torch does not tell, as older versions do not."""
+    capabilities: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    return capabilities().get("cpu_name", "")
+
+
+# Up to these a product with the weights on the left is the quicker one, where MKL runs on a processor of AMD's: rows,
+# width, and numbers in all rows. On Intel's MKL is quick as it is.
 FEW_ROWS, NARROW, FEW_NUMBERS = 8, 1024, 4096
-PROCESSOR = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", "")
-FEW_ROWS_ARE_SLOW = torch.backends.mkl.is_available() and "AMD" in PROCESSOR
+FEW_ROWS_ARE_SLOW = torch.backends.mkl.is_available() and "AMD" in processor_name()
 ONE_ROW_IS_SLOW = torch.backends.cpu.get_cpu_capability() == "AVX512"  # with AVX2 it is as quick as memory
 DTYPES_OF_MKL = (torch.float32, torch.float64)
 

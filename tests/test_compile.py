@@ -113,3 +113,18 @@ def test_a_layer_is_one_graph(form, training):
         if training:
             gradients = [torch.autograd.grad(each.square().sum(), hidden_states)[0] for each in (found, expected)]
             torch.testing.assert_close(*gradients, **CLOSE)
+
+
+@torch.no_grad()
+def test_pieces_of_a_stream_are_not_compiled_for_each_place():
+    """Several tokens at a time, across a segment end, from many places of a segment."""
+    model, counter, counts = tiny_model(), CompileCounter(), []
+    compiled = torch.compile(model.forward, backend=counter)
+    for start in range(4 * S + 1, 5 * S - 1):
+        ids, (_, cache) = tiny_ids(1, 2 * S, seed=start), read(model, tiny_ids(1, start))
+        expected = cache.clone()
+        logits = compiled(input_ids=ids, past_key_values=cache).logits
+        torch.testing.assert_close(logits, model(ids, past_key_values=expected).logits, **CLOSE)
+        assert_same_rows(cache, expected, model.config)
+        counts.append(counter.frame_count)
+    assert counts[-1] <= counts[1]

@@ -270,11 +270,12 @@ class RMTAttention(nn.Module):
         segment, lookback = self.segment_length, self.num_lookback_segments
         kept = (lookback + 1) * segment
         places = [start % segment for start in layout.starts]
-        offsets = layout.per_row(places)
-        is_old = torch.arange(segment, device=offsets.device) < offsets[:, None]  # (B, S)
+        is_old: torch.Tensor | None = None
+        if any(place != places[0] for place in places):  # not a set: a compiler would guard every number
+            is_old = torch.arange(segment, device=inputs.key.device) < layout.per_row(places)[:, None]  # (B, S)
 
         def join(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-            if len(set(places)) == 1:
+            if is_old is None:
                 return torch.cat([old[:, : kept + places[0]], new[:, places[0] :]], 1)
             is_old_here = is_old.reshape(*is_old.shape, *[1] * (old.dim() - 2))
             current = torch.where(is_old_here, old[:, kept:], new[:, :segment])
@@ -296,7 +297,7 @@ class RMTAttention(nn.Module):
             if self.use_local_attention:
                 from_local = local_attention(self, inputs.query, keys[:, kept:], values[:, kept:])
             if rounds is not None and inputs.memory_query is not None:
-                versions = torch.arange(layout.length // segment, device=offsets.device)
+                versions = torch.arange(layout.length // segment, device=inputs.key.device)
                 memory = self._memory_after(rounds, versions, versions[None], layout)
                 from_memory = memory_attention(self, inputs.memory_query, memory)
             paths = Paths(from_global, from_local, from_memory)
@@ -451,9 +452,12 @@ class RMTAttention(nn.Module):
     def _closing_window(
         self, frame: tuple[torch.Tensor, ...], layout: CallLayout, firsts: list[int]
     ) -> tuple[torch.Tensor, ...]:
-        """Keys and values (B, G, (N + 2) * S, D), and scores, from a column of each row on; zeros outside the frame."""
+        """Keys and values (B, G, (N + 2) * S, D), and scores, from a column of each row on.
+
+        Zeros where the frame has no column, and before the last document of a row.
+        """
         length, num_columns = frame[0].shape[1], self.window_length + self.segment_length
-        if len(set(firsts)) == 1 and layout.origins is None:
+        if layout.origins is None and all(first == firsts[0] for first in firsts):
             by_head = (frame[0].transpose(1, 2), frame[1].transpose(1, 2), frame[2])
             return tuple(cut_columns(states, firsts[0], num_columns) for states in by_head)
         rows = torch.arange(len(firsts), device=frame[0].device)[:, None]

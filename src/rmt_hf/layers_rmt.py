@@ -202,7 +202,7 @@ class RMTRMSNorm(nn.Module):
 
 
 def processor_name() -> str:
-    """Vendor and kind of the CPU; empty where torch does not tell, as older versions do not."""
+    """Vendor and kind of the CPU; empty where torch does not tell (2.13 does, older versions may not)."""
     capabilities: Callable[[], Mapping[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
     return capabilities().get("cpu_name", "")
 
@@ -219,8 +219,8 @@ class RMTLinear(nn.Linear):
     """A linear map whose product is written another way for a few rows of a narrow layer on a CPU of AMD's.
 
     MKL takes up to three times as long for states @ weight.T as for weight @ states.T there, and with AVX-512 for one
-    column twice as long as for two; with AVX2 one row is left as it is. On Intel's it is the other way round. Sums come
-    in another order, which may even depend on where the weights lie in memory, so training never uses it.
+    column twice as long as for two; with AVX2 one row is left as it is. Sums come in another order, which may even
+    depend on where the weights lie in memory, so training never uses it.
     """
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:

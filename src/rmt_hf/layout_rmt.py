@@ -187,7 +187,7 @@ def plan_call(
         length = max(-(-(end - base) // segment) for end, base in zip(ends, bases, strict=True)) * segment
     position_ids = on_device(bases, device)[:, None] + torch.arange(length, device=device)
     take = put = None
-    if is_real is not None or any(shift) or length != num_columns:
+    if is_real is not None or length != num_columns:
         shifts = on_device(shift, device)[:, None]
         mask = torch.ones(len(starts), num_columns, dtype=torch.bool, device=device) if is_real is None else is_real
         order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # real columns first, in their order

@@ -111,7 +111,10 @@ class LayerState(NamedTuple):
 
 
 def cut_columns(states: torch.Tensor, first: int, num_columns: int) -> torch.Tensor:
-    """Columns of (..., columns, width) from `first` on, in memory of their own; zeros where there are none."""
+    """Columns of (..., columns, width) from `first` on, in memory of their own; zeros where there are none.
+
+    At least one must be there.
+    """
     end = first + num_columns
     part = states[..., max(0, first) : end, :]
     missing = (max(0, -first), max(0, end - states.shape[-2]))

@@ -13,7 +13,7 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/01_train_on_a_book.py --output-dir reports/book
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4
 
 lint: $(READY) $(MLINTER_RULES)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """A plain step of one token gives what the general path gives, and nothing that it keeps between steps goes stale."""
 
 from dataclasses import fields
+from importlib.util import find_spec, module_from_spec
 
 import pytest
 import torch
@@ -156,3 +157,15 @@ def test_the_processor_is_named_where_torch_tells(monkeypatch):
     assert processor_name() == ""
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert processor_name() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "has_mkl", "is_slow"), [("AMD EPYC", True, True), ("AMD EPYC", False, False), ("Intel Xeon", True, False)]
+)
+def test_few_rows_are_slow_for_mkl_on_amd(name, has_mkl, is_slow, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: has_mkl)
+    spec = find_spec("rmt_hf.layers_rmt")
+    read_anew = module_from_spec(spec)
+    spec.loader.exec_module(read_anew)
+    assert is_slow == read_anew.FEW_ROWS_ARE_SLOW

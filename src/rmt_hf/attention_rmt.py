@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
 from .layers_rmt import RMTLinear, RMTRMSNorm, rotate
-from .layout_rmt import FRESH, SEGMENTS, CallLayout, StepView
+from .layout_rmt import FRESH, SEGMENTS, CallLayout, StepView, are_equal
 from .memory_rmt import RMTMemory, Slots, empty_slots, forget_slots
 from .paths_rmt import (
     Paths,
@@ -271,7 +271,7 @@ class RMTAttention(nn.Module):
         kept = (lookback + 1) * segment
         places = [start % segment for start in layout.starts]
         is_old: torch.Tensor | None = None
-        if any(place != places[0] for place in places):  # not a set: a compiler would guard every number
+        if not are_equal(places):
             is_old = torch.arange(segment, device=inputs.key.device) < layout.per_row(places)[:, None]  # (B, S)
 
         def join(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -457,7 +457,7 @@ class RMTAttention(nn.Module):
         Zeros where the frame has no column, and before the last document of a row.
         """
         length, num_columns = frame[0].shape[1], self.window_length + self.segment_length
-        if layout.origins is None and all(first == firsts[0] for first in firsts):
+        if layout.origins is None and are_equal(firsts):
             by_head = (frame[0].transpose(1, 2), frame[1].transpose(1, 2), frame[2])
             return tuple(cut_columns(states, firsts[0], num_columns) for states in by_head)
         rows = torch.arange(len(firsts), device=frame[0].device)[:, None]

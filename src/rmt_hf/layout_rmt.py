@@ -29,6 +29,11 @@ def on_device(numbers: Sequence[int] | Sequence[bool], device: torch.device) -> 
     return torch.tensor(numbers).to(device, non_blocking=True)
 
 
+def are_equal(numbers: Sequence[int]) -> bool:
+    """Whether all are the same. One by one: of a set, a compiler would guard every number."""
+    return all(number == numbers[0] for number in numbers)
+
+
 @dataclass(frozen=True)
 class StepView:
     """Where a step looks in the window of the state, whose columns are those of `LayerState`.
@@ -180,7 +185,7 @@ def plan_call(
     if not any(starts):
         form, shift, bases = FRESH, [0] * len(starts), [0]
     elif max(offsets) + length <= segment:
-        form, shift, bases = STEP, [0] * len(starts), starts if len(set(starts)) > 1 else starts[:1]
+        form, shift, bases = STEP, [0] * len(starts), starts[:1] if are_equal(starts) else starts
     else:
         form, shift = SEGMENTS, offsets
         bases = [start - offset for start, offset in zip(starts, offsets, strict=True)]
@@ -227,7 +232,7 @@ def plan_steps(config: RMTConfig, starts: list[int], device: torch.device) -> li
     Returns:
         The layouts, up to PLANNED_STEPS: no row leaves its segment, and rows at one place do not leave their chunk.
     """
-    unit = config.segment_length if len(set(starts)) > 1 else config.chunk_length
+    unit = config.chunk_length if are_equal(starts) else config.segment_length
     length = min(PLANNED_STEPS, unit - max(start % unit for start in starts))
     whole = plan_call(config, starts, None, length, device)
     # A compiled step is compiled anew for other strides, and `contiguous` keeps those of an axis of one element.
@@ -288,7 +293,7 @@ def _view_step(
     offsets = [start % segment for start in starts]
     firsts = [segment * (1 + max(0, lookback - start // segment)) for start in starts]
     end = current + max(offsets) + length
-    is_uniform = len(set(starts)) == 1 and set(counts) == {length}
+    is_uniform = are_equal(starts) and set(counts) == {length}
     columns = current + on_device(offsets, device)[:, None] + torch.arange(length, device=device)  # (B, L)
     global_span, global_mask = (min(firsts), end), None
     local_span, local_mask = (current + min(offsets) // chunk * chunk, end), None

@@ -4,8 +4,8 @@ It is written from the design page alone and shares no code with the package. Te
 in float64 leaves with `requires_grad` to compare gradients.
 """
 
-# E hidden_size, H query heads, G key/value heads, D head_dim, V vocabulary, T tokens, L visible tokens,
-# C chunk_length, S segment_length, N num_lookback_segments, M num_memory_slots, r num_slots_per_chunk
+# E hidden_size, H query heads, G key/value heads, D head_dim, V vocabulary, T tokens, A keys attended to,
+# C chunk_length, S segment_length, M num_memory_slots, r num_slots_per_chunk, K slots a segment offers to a part
 
 import math
 from collections.abc import Iterable
@@ -16,34 +16,46 @@ import torch
 from torch import Tensor
 
 
-class Slot(NamedTuple):
-    """One place of memory, all key/value heads of it."""
+LEAST = -1e4  # the strength of what shall not be kept: it only fills a slot until something else comes
 
-    key: Tensor  # (G, D)
-    value: Tensor  # (G, D)
-    strength: Tensor  # (G,)
+
+class Part(NamedTuple):
+    """One ring of memory: how large it is, and what makes a token strong there."""
+
+    num_slots: int
+    uses_score: bool
+    uses_evidence: bool
+
+
+class Slot(NamedTuple):
+    """One slot, or a candidate for one, of one key/value head."""
+
+    key: Tensor  # (D,), unrotated
+    value: Tensor  # (D,)
+    strength: Tensor  # ()
+    position: int  # in the stream
 
 
 @dataclass
 class LayerState:
-    """Everything one layer has read since the start of the stream; lists are indexed by stream position."""
+    """Everything one layer has read since the start of the stream; lists of tensors are indexed by stream position.
 
-    memory: list[Slot | None]  # M places, oldest first
+    What a list holds is replaced, never changed: a copy of the lists is a copy of the state.
+    """
+
+    rings: list[list[list[Slot | None]]]  # of each part and each head its slots, oldest group first
+    rotated_queries: list[Tensor] = field(default_factory=list)  # (H, D) each
     rotated_keys: list[Tensor] = field(default_factory=list)  # (G, D) each
     keys: list[Tensor] = field(default_factory=list)  # (G, D) each, unrotated
     values: list[Tensor] = field(default_factory=list)  # (G, D) each
-    scores: list[Tensor] = field(default_factory=list)  # (G,) each for select, none for mean
+    scores: list[Tensor] = field(default_factory=list)  # (G,) each, none if no part uses them
 
 
 class ReferenceModel:
     """The weights and the arithmetic of one token; the state is in `ReferenceStream`."""
 
     def __init__(self, config: Any, state_dict: dict[str, Tensor]) -> None:
-        known = {
-            "hidden_act": ("silu",),
-            "fusion_type": ("gated", "softmax"),
-            "memory_write": ("select", "mean"),
-        }
+        known = {"hidden_act": ("silu",), "fusion_type": ("gated", "softmax"), "memory_write": ("select", "mean")}
         for name, choices in known.items():
             if getattr(config, name) not in choices:
                 raise ValueError(f"the reference knows {name} in {choices}, got {getattr(config, name)!r}")
@@ -51,6 +63,11 @@ class ReferenceModel:
             raise ValueError(f"the reference knows plain rotary encoding only, got {config.rope_parameters}")
         self.config = config
         self.weights = state_dict
+        num_slots, num_lasting, select = config.num_memory_slots, config.num_lasting_slots, config.memory_write == "select"
+        parts = [Part(num_slots, uses_score=select, uses_evidence=select)]
+        if num_lasting is not None:
+            parts = [Part(num_lasting, True, False), Part(num_slots - num_lasting, False, True)]
+        self.parts = [part for part in parts if part.num_slots > 0]
 
     def linear(self, name: str, x: Tensor, bias: bool) -> Tensor:
         """`x` through the projection `name`."""
@@ -62,14 +79,14 @@ class ReferenceModel:
         mean_square = (x * x).mean(-1, keepdim=True)
         return x / torch.sqrt(mean_square + self.config.rms_norm_eps) * self.weights[f"{name}.weight"]
 
-    def heads(self, layer: str, kind: str, h: Tensor) -> Tensor:
-        """Queries, keys, values or memory queries (`kind`) of one token, split in heads, before rotary."""
-        x = self.linear(f"{layer}.self_attn.{kind}_proj", h, self.config.attention_bias)
+    def heads(self, name: str, kind: str, h: Tensor) -> Tensor:
+        """Queries, keys or values (`kind`) of one token, split in heads, before rotary."""
+        x = self.linear(f"{name}.{kind}_proj", h, self.config.attention_bias)
         x = x.reshape(-1, self.config.head_dim)  # (H or G, D)
-        return self.norm(f"{layer}.self_attn.{kind}_norm", x) if self.config.use_qk_norm and kind != "v" else x
+        return self.norm(f"{name}.{kind}_norm", x) if self.config.use_qk_norm and kind != "v" else x
 
     def rotate(self, x: Tensor, position: int) -> Tensor:
-        """Rotary encoding of `x` (heads, D) at a stream position: dimension j turns with dimension j + D/2."""
+        """Rotary encoding of `x` (heads, D) at a position: dimension j turns with dimension j + D/2."""
         half = self.config.head_dim // 2
         theta = self.config.rope_parameters["rope_theta"]
         exponents = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32) / self.config.head_dim
@@ -80,104 +97,160 @@ class ReferenceModel:
         first, second = x[:, :half], x[:, half:]
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
-    def attend(self, queries: Tensor, keys: list[Tensor], values: list[Tensor], strengths: list[Tensor]) -> Tensor:
-        """Softmax attention of one token's heads (H, D) to listed keys (G, D), strengths (G,) added to the scores."""
+    def shares(self, query: Tensor, keys: Tensor) -> Tensor:
+        """How one query (D,) divides its attention among keys (A, D): (A,)."""
+        return torch.softmax(keys @ query * self.config.head_dim**-0.5, dim=0)
+
+    def attend(self, queries: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+        """Softmax attention of one token's heads (H, D) to listed keys and values (G, D)."""
         group = self.config.num_attention_heads // self.config.num_key_value_heads
-        all_keys, all_values, bias = torch.stack(keys), torch.stack(values), torch.stack(strengths)  # (L, G, D), (L, G)
+        all_keys, all_values = torch.stack(keys), torch.stack(values)  # (A, G, D)
         outputs = []
         for head, query in enumerate(queries):
             g = head // group
-            scores = all_keys[:, g] @ query * self.config.head_dim**-0.5 + bias[:, g]  # (L,)
-            outputs.append(torch.softmax(scores, dim=0) @ all_values[:, g])
+            outputs.append(self.shares(query, all_keys[:, g]) @ all_values[:, g])
         return torch.stack(outputs)  # (H, D)
 
-    def attention(self, layer: str, state: LayerState, h: Tensor, position: int) -> Tensor:
-        """Reads the token's keys and values into `state`, then attends on all paths and fuses them."""
-        config, name = self.config, f"{layer}.self_attn"
-        query, key, value = (self.heads(layer, kind, h) for kind in ("q", "k", "v"))
-        query = self.rotate(query, position)
-        state.keys.append(key)
-        state.rotated_keys.append(self.rotate(key, position))
-        state.values.append(value)
-        if config.num_memory_slots and config.memory_write != "mean":
-            state.scores.append(self.linear(f"{name}.memory.score_proj", h, bias=True))
+    def prefix(self, name: str, state: LayerState, first: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Rotated keys and values (G, D) before a window that begins at `first`: the sink, then the slots."""
+        if first == 0:  # the window sees everything
+            return [], []
+        keys, values = [], []
+        heads = []  # of each head its slots in the order of the text
+        for g in range(self.config.num_key_value_heads):
+            slots = [slot for ring in state.rings for slot in ring[g] if slot is not None]
+            heads.append(sorted(slots, key=lambda slot: slot.position))
+        num_written = len(heads[0])  # the same for all heads
+        if self.config.use_attention_sink:
+            keys.append(self.rotate(self.weights[f"{name}.sink.key"], first - num_written - 1))
+            values.append(self.weights[f"{name}.sink.value"])
+        for j in range(num_written):
+            keys.append(self.rotate(torch.stack([slots[j].key for slots in heads]), first - num_written + j))
+            values.append(torch.stack([slots[j].value for slots in heads]))
+        return keys, values
 
-        def attend_from(start: int) -> Tensor:
-            keys, values = state.rotated_keys[start:], state.values[start:]
-            return self.attend(query, keys, values, [key.new_zeros(len(key))] * len(keys))
+    def attention(self, name: str, state: LayerState, h: Tensor, position: int) -> Tensor:
+        """Reads the token's query, key and value into `state`, then attends on all paths and fuses them."""
+        config = self.config
+        query, key, value = (self.heads(name, kind, h) for kind in ("q", "k", "v"))
+        query = self.rotate(query, position)
+        state.rotated_queries.append(query)
+        state.rotated_keys.append(self.rotate(key, position))
+        state.keys.append(key)
+        state.values.append(value)
+        if any(part.uses_score for part in self.parts):
+            state.scores.append(self.linear(f"{name}.memory.score_proj", h, bias=True))
 
         segment = position // config.segment_length
         first = max(0, (segment - config.num_lookback_segments) * config.segment_length)
-        paths = [attend_from(first)]
-        if config.use_attention_sink and first > 0:
-            sink_key, sink_value = (self.weights[f"{name}.sink.{part}"] for part in ("key", "value"))
-            keys = [self.rotate(sink_key, first - 1), *state.rotated_keys[first:]]
-            values = [sink_value, *state.values[first:]]
-            paths = [self.attend(query, keys, values, [key.new_zeros(len(key))] * len(keys))]
+        keys, values = self.prefix(name, state, first)
+        window_keys, window_values = state.rotated_keys[first:], state.values[first:]
+        if config.fusion_type == "gated":
+            paths = [self.attend(query, keys + window_keys, values + window_values)]
+        else:
+            paths = [self.attend(query, window_keys, window_values)]
         if config.use_local_attention:
-            paths.append(attend_from(position // config.chunk_length * config.chunk_length))
-        if config.num_memory_slots:
-            null_key = self.weights[f"{name}.memory.null_key"]
-            null = Slot(null_key, torch.zeros_like(null_key), null_key.new_zeros(len(null_key)))
-            slots = [null] + [slot for slot in state.memory if slot is not None]
-            keys, values, strengths = (list(part) for part in zip(*slots, strict=True))
-            paths.append(self.attend(self.heads(layer, "memory_q", h), keys, values, strengths))
+            start = position // config.chunk_length * config.chunk_length
+            paths.append(self.attend(query, state.rotated_keys[start:], state.values[start:]))
+        if config.fusion_type == "softmax" and (self.parts or config.use_attention_sink):
+            paths.append(self.attend(query, keys, values) if keys else torch.zeros_like(query))
         return self.linear(f"{name}.o_proj", self.fuse(name, h, paths).reshape(-1), config.attention_bias)
 
     def fuse(self, name: str, h: Tensor, paths: list[Tensor]) -> Tensor:
-        """One output (H, D) of the outputs of the paths: global first, then local and memory as far as they exist."""
+        """One output (H, D) of the outputs of the paths: first the one with the window, then others as they exist."""
         if len(paths) == 1:
             return paths[0]
         if self.config.fusion_type == "softmax":
-            shares = torch.softmax(self.weights[f"{name}.fusion.logits"], dim=0)  # (1 + paths,)
+            shares = torch.softmax(self.weights[f"{name}.fusion.logits"], dim=0)  # (paths,)
             return sum((share * path for share, path in zip(shares, paths, strict=True)), torch.zeros_like(paths[0]))
-        scale = self.weights[f"{name}.fusion.scale"]  # (H, paths)
-        gates = scale * torch.sigmoid(self.linear(f"{name}.fusion.gate", h, bias=True)).reshape(scale.shape)
-        return sum((gate[:, None] * path for gate, path in zip(gates.T, paths[1:], strict=True)), paths[0])
+        unified, local = paths
+        gate = self.weights[f"{name}.fusion.scale"] * torch.sigmoid(self.linear(f"{name}.fusion.gate", h, bias=True))
+        return unified + gate[:, None] * local
 
     def mlp(self, layer: str, h: Tensor) -> Tensor:
         """The gated feed-forward part."""
         gate, up = (self.linear(f"{layer}.mlp.{kind}_proj", h, self.config.mlp_bias) for kind in ("gate", "up"))
         return self.linear(f"{layer}.mlp.down_proj", gate * torch.sigmoid(gate) * up, self.config.mlp_bias)
 
-    def candidate(self, state: LayerState, start: int, g: int, j: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Candidate j of head g from the chunk that starts at position `start`: key (D,), value (D,), strength ()."""
-        length, num_slots = self.config.chunk_length, self.config.num_slots_per_chunk
-        positions = range(start, start + length)
-        if self.config.memory_write == "select":
-            best_first = sorted(positions, key=lambda p: -state.scores[p][g].item())  # stable: of equals, the earlier
-            p = sorted(best_first[:num_slots])[j]
-            return state.keys[p][g], state.values[p][g], torch.nn.functional.logsigmoid(state.scores[p][g])
-        part = length // num_slots
-        positions = positions[j * part : (j + 1) * part]
-        weights = state.keys[start].new_full((part,), 1 / part)
-        key = weights @ torch.stack([state.keys[p][g] for p in positions])
-        value = weights @ torch.stack([state.values[p][g] for p in positions])
-        return key, value, key.new_zeros(())
+    def evidence(self, state: LayerState, start: int, g: int) -> Tensor:
+        """Log of the attention (S,) that the segment which begins at `start` gets from the last tokens read."""
+        keys = torch.stack([key[g] for key in state.rotated_keys[start : start + self.config.segment_length]])
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        observing = state.rotated_queries[-self.config.num_observing_tokens :]
+        shares = [self.shares(query, keys) for queries in observing for query in queries[g * group : (g + 1) * group]]
+        return torch.log(torch.stack(shares).mean(0) + 1e-8).detach()
 
-    def write(self, layer: str, state: LayerState, segment: int) -> None:
-        """Condenses a segment and lets its candidates meet the oldest places of memory."""
+    def select(self, ring: str, part: Part, state: LayerState, start: int, g: int, taken: set[int]) -> list[Slot]:
+        """The strongest tokens of each chunk; what the part before has `taken` is chosen as well, but worth least."""
+        end = start + self.config.segment_length
+        strengths = state.keys[start].new_zeros(end - start)
+        if part.uses_score:
+            strengths = strengths + torch.stack([score[g] for score in state.scores[start:end]])
+        if part.uses_evidence:
+            scale = self.weights[f"{ring}.evidence_scale"][g] if part.uses_score else 1.0
+            strengths = strengths + scale * self.evidence(state, start, g)
+        least = strengths.new_tensor(LEAST)
+        strength_at = dict(zip(range(start, end), strengths, strict=True))
+        if self.config.use_attention_sink and start == 0:
+            strength_at[0] = least
+        slots = []
+        for chunk in range(start, end, self.config.chunk_length):
+            positions = range(chunk, chunk + self.config.chunk_length)
+            best_first = sorted(positions, key=lambda p: -strength_at[p].item())  # stable: of equals, the earlier
+            for p in best_first[: self.config.num_slots_per_chunk]:
+                value = state.values[p][g]
+                if part.uses_score:
+                    value = value * torch.sigmoid(state.scores[p][g] + 4)
+                slots.append(Slot(state.keys[p][g], value, least if p in taken else strength_at[p], p))
+        return slots
+
+    def average(self, state: LayerState, start: int, g: int) -> list[Slot]:
+        """The means of equal spans of each chunk, all of one strength; each is where its span ends."""
+        length = self.config.chunk_length // self.config.num_slots_per_chunk
+        slots = []
+        for p in range(start, start + self.config.segment_length, length):
+            key = torch.stack([key[g] for key in state.keys[p : p + length]]).mean(0)
+            value = torch.stack([value[g] for value in state.values[p : p + length]]).mean(0)
+            slots.append(Slot(key, value, key.new_zeros(()), p + length - 1))
+        return slots
+
+    def write(self, name: str, state: LayerState, segment: int) -> None:
+        """Offers a segment to every part: its candidates, strongest first, meet the oldest group, weakest first."""
         start = segment * self.config.segment_length
-        candidates = []
-        for chunk in range(start, start + self.config.segment_length, self.config.chunk_length):
-            for j in range(self.config.num_slots_per_chunk):
-                per_head = [self.candidate(state, chunk, g, j) for g in range(self.config.num_key_value_heads)]
-                candidates.append(Slot(*(torch.stack(part) for part in zip(*per_head, strict=True))))
-        young = []
-        for old, new in zip(state.memory, candidates, strict=False):  # the oldest len(candidates) places
-            young.append(new if old is None else self.merge(layer, old, new))
-        state.memory = state.memory[len(young) :] + young
+        taken: list[set[int]] = [set() for _ in range(self.config.num_key_value_heads)]  # positions, by the last part
+        for index, part in enumerate(self.parts):
+            ring, heads = f"{name}.memory.rings.{index}", []
+            for g, slots in enumerate(state.rings[index]):
+                if self.config.memory_write == "mean":
+                    candidates = self.average(state, start, g)
+                else:
+                    candidates = self.select(ring, part, state, start, g, taken[g])
+                candidates.sort(key=lambda slot: -slot.strength.item())
+                oldest = sorted(slots[: len(candidates)], key=lambda s: -math.inf if s is None else s.strength.item())
+                youngest = [self.merge(ring, g, old, new) for old, new in zip(oldest, candidates, strict=True)]
+                taken[g] = {slot.position for slot in youngest if slot.position >= start}
+                heads.append(slots[len(candidates) :] + youngest)
+            state.rings[index] = heads
 
-    def merge(self, layer: str, old: Slot, new: Slot) -> Slot:
+    def merge(self, ring: str, g: int, old: Slot | None, new: Slot) -> Slot:
         """The gated write of a candidate over an old slot."""
-        weight, bias = (self.weights[f"{layer}.self_attn.memory.gate_{part}"] for part in ("weight", "bias"))
-        inputs = torch.cat([old.key, old.value, new.key, new.value], dim=-1)  # (G, 4D)
-        gamma = torch.clamp(1.2 * torch.sigmoid((weight * inputs).sum(-1) + bias) - 0.1, 0, 1)  # (G,)
-        column = gamma[:, None]
+        if old is None:
+            return new
+        weight, scale, bias, fade = (
+            self.weights[f"{ring}.{kind}"][g] for kind in ("gate_weight", "gate_scale", "gate_bias", "fade")
+        )
+        faded = old.strength - fade
+        logit = weight @ torch.cat([old.key, old.value, new.key, new.value]) + scale * (new.strength - faded) + bias
+        gamma = torch.clamp(1.2 * torch.sigmoid(logit) - 0.1, 0, 1)
+        if new.strength.item() <= LEAST / 2:
+            gamma = gamma.new_tensor(0)
+        elif old.strength.item() <= LEAST / 2:
+            gamma = gamma.new_tensor(1)
         return Slot(
-            (1 - column) * old.key + column * new.key,
-            (1 - column) * old.value + column * new.value,
-            (1 - gamma) * old.strength + gamma * new.strength,
+            (1 - gamma) * old.key + gamma * new.key,
+            (1 - gamma) * old.value + gamma * new.value,
+            (1 - gamma) * faded + gamma * new.strength,
+            new.position if gamma.item() > 0.5 else old.position,
         )
 
 
@@ -188,8 +261,10 @@ class ReferenceStream:
         self.model = model
         self.position = 0
         self.last_hidden: Tensor | None = None  # (E,) of the last token, after the final norm
-        num_layers, num_places = model.config.num_hidden_layers, model.config.num_memory_slots
-        self.layers = [LayerState(memory=[None] * num_places) for _ in range(num_layers)]
+        self.layers = []
+        for _ in range(model.config.num_hidden_layers):
+            rings = [[[None] * part.num_slots] * model.config.num_key_value_heads for part in model.parts]
+            self.layers.append(LayerState(rings))
 
     def read(self, token_id: int) -> Tensor:
         """Reads one token and returns its logits (V,)."""
@@ -204,25 +279,32 @@ class ReferenceStream:
         model, config, x = self.model, self.model.config, vector
         for i, state in enumerate(self.layers):
             layer = f"model.layers.{i}"
-            x = x + model.attention(layer, state, model.norm(f"{layer}.input_layernorm", x), self.position)
+            h = model.norm(f"{layer}.input_layernorm", x)
+            x = x + model.attention(f"{layer}.self_attn", state, h, self.position)
             x = x + model.mlp(layer, model.norm(f"{layer}.post_attention_layernorm", x))
         self.last_hidden = model.norm("model.norm", x)
         self.position += 1
-        if config.num_memory_slots and self.position % config.segment_length == 0:
+        if self.position % config.segment_length == 0:
             segment = self.position // config.segment_length - config.num_lookback_segments - 1
             if segment >= 0:  # it has just left the window
                 for i, state in enumerate(self.layers):
-                    model.write(f"model.layers.{i}", state, segment)
+                    model.write(f"model.layers.{i}.self_attn", state, segment)
         head = model.weights.get("lm_head.weight", model.weights["model.embed_tokens.weight"])
         return head @ self.last_hidden
 
-    def memory(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys (M, G, D), values (M, G, D) and strengths (M, G), oldest first; empty places are 0, 0 and -inf."""
-        config = self.model.config
-        zeros = self.model.weights["model.embed_tokens.weight"].new_zeros(config.num_key_value_heads, config.head_dim)
-        empty = Slot(zeros, zeros, torch.full_like(zeros[:, 0], -math.inf))
-        slots = [empty if slot is None else slot for slot in self.layers[layer].memory]
-        if not slots:
-            return zeros.new_zeros(0, *zeros.shape), zeros.new_zeros(0, *zeros.shape), zeros.new_zeros(0, len(zeros))
-        keys, values, strengths = (torch.stack(part) for part in zip(*slots, strict=True))
-        return keys, values, strengths
+    def memory(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values (M, G, D), strengths and positions (M, G), part after part, each oldest group first.
+
+        A slot that was never written is 0, 0, -inf, -1.
+        """
+        config, embeddings = self.model.config, self.model.weights["model.embed_tokens.weight"]
+        shape = config.num_memory_slots, config.num_key_value_heads
+        keys, values = (embeddings.new_zeros(*shape, config.head_dim) for _ in range(2))
+        strengths = embeddings.new_full(shape, -math.inf)
+        positions = torch.full(shape, -1)
+        for g in range(config.num_key_value_heads):
+            slots = [slot for ring in self.layers[layer].rings for slot in ring[g]]
+            for j, slot in enumerate(slots):
+                if slot is not None:
+                    keys[j, g], values[j, g], strengths[j, g], positions[j, g] = slot
+        return keys, values, strengths, positions

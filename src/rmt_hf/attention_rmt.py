@@ -1,40 +1,37 @@
-"""Attention: rotary encoding, and the layer's attention that runs the three paths and fuses them.
+"""Attention: rotary encoding, the sink, the fusion of paths, and the layer's attention over prefix and window.
 
-Shapes: B rows, T columns of a call, L aligned columns (see layout_rmt), F segments of the call, S segment length,
-N lookback segments, H query heads, G key/value heads, D head width, E hidden size.
+Shapes: B rows, T columns of a call, F views, W writes (see layout_rmt), S segment length, N lookback segments, M slots,
+P columns of the prefix (slots and sink), H query heads, G key/value heads, D head width, E hidden size.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
-from .layers_rmt import RMTLinear, RMTRMSNorm, rotate
-from .layout_rmt import FRESH, SEGMENTS, CallLayout, StepView, are_equal
-from .memory_rmt import RMTMemory, Slots, empty_slots, forget_slots
-from .paths_rmt import (
-    Paths,
-    Projections,
-    RMTFusion,
-    RMTSink,
-    Sink,
-    attend,
-    first_columns,
-    fuse,
-    local_attention,
-    memory_attention,
-    pad_columns,
-    windowed_attention,
-    windows_of,
-    without_sink,
-)
-from .state_rmt import LayerState, cut_columns, lay_columns
-from .step_rmt import OneToken, attend_one_token
-from .tiles_rmt import Windows, can_be_tiled, tiled_attention, windows_from_the_start
+from .layout_rmt import CallLayout, ViewGroup
+from .memory_rmt import RMTMemory, Segments, Slots, at_least_float32, attention_evidence, own_heads, zero_of
+from .state_rmt import LayerState, num_kept_queries
+
+
+class RMTRMSNorm(nn.Module):
+    """Root mean square norm over the last axis, computed in float32 or wider."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        wide = at_least_float32(hidden_states)
+        weight = at_least_float32(self.weight).to(wide.dtype)
+        return F.rms_norm(wide, weight.shape, weight, self.eps).to(hidden_states.dtype)
 
 
 def rotary_turns(config: RMTConfig) -> torch.Tensor:
@@ -47,6 +44,21 @@ def rotary_turns(config: RMTConfig) -> torch.Tensor:
         with torch.device("cpu"):  # not everything in there is made where it is asked for
             frequencies, _ = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
     return (frequencies.double() / (2 * math.pi) * 2.0**64).to(torch.int64)
+
+
+Turn = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (..., 1, D) each
+
+
+class Tables(NamedTuple):
+    """What all layers need of a call: rotary tables of its columns, of the segments that are written, and of the prefix
+    of each view and of the state after the call; masks, where queries cannot do without."""
+
+    columns: Turn
+    writes: Turn | None
+    prefixes: Turn | None
+    after: Turn | None
+    mask: torch.Tensor | None
+    chunk_mask: torch.Tensor | None
 
 
 class RMTRotaryEmbedding(nn.Module):
@@ -64,36 +76,165 @@ class RMTRotaryEmbedding(nn.Module):
         self.turns = nn.Buffer(rotary_turns(config), persistent=False)
 
     @torch.no_grad()
-    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Position ids (B, L) int64 to cosine and sine, each (B, L, 1, D), the first half of the sines negated."""
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> Turn:
+        """Position ids (...) int64 to cosine and sine, each (..., 1, D), the first half of the sines negated."""
         turns = position_ids[..., None] * self.turns.to(position_ids.device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         angles = turns.to(wide) * (2 * math.pi / 2.0**64)
-        cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
+        cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
-    def tables(self, layout: CallLayout, dtype: torch.dtype, is_step: bool = False) -> dict[str, Any]:
-        """Cosines and sines of a call as `RMTAttention` takes them; a plain step of one token needs few of them."""
-        embeddings = () if is_step else self(layout.position_ids, dtype)
-        if layout.form == SEGMENTS and layout.write_position_ids is not None:
-            embeddings += self(layout.write_position_ids, dtype)
-        ids = layout.sink_position_ids
-        return {"position_embeddings": embeddings, "sink_embeddings": None if ids is None else self(ids, dtype)}
+    def of_call(self, layout: CallLayout, dtype: torch.dtype, keep_state: bool) -> Tables:
+        """The tables of a call."""
+        config, places, device = self.config, layout.places, layout.places.device
+        segment, lookback, prefix = config.segment_length, config.num_lookback_segments, config.prefix_length
+        view = (places // segment).expand(len(layout.first_views), -1)
+        columns = places - layout.first_views.gather(1, view.clamp_max(layout.num_views - 1)) * segment
+        writes = prefixes = after = None
+        if layout.num_writes and config.num_memory_slots:
+            segments = torch.arange(layout.num_writes, device=device) - lookback
+            starts = (segments - layout.began(segments)) * segment
+            writes = self((starts[..., None] + torch.arange(segment, device=device)).flatten(1), dtype)
+        before = torch.arange(-prefix, 0, device=device)  # the prefix ends directly before the window
+        if prefix and (layout.num_views > 1 or layout.refreshes):
+            prefixes = self(((layout.view_segments - lookback) * segment)[..., None] + before, dtype)
+        if prefix and keep_state and (layout.num_writes or layout.num_views > 1):
+            after = self(((layout.segments_after - lookback) * segment)[:, None, None] + before, dtype)
+        # A compiled call looks at all columns through a mask, so that it is the same at every position.
+        is_masked = torch.compiler.is_compiling() or not (layout.lead or layout.groups)
+        mask = layout.window_mask(config) if is_masked else None
+        chunk_mask = layout.chunk_mask(config) if layout.num_views == 1 and config.use_local_attention else None
+        return Tables(self(columns, dtype), writes, prefixes, after, mask, chunk_mask)
 
 
-class Turn(NamedTuple):
-    """What a turn wants; see `RMTAttention.turn`."""
+def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary encoding of (..., heads, D), in their dtype (autocast mixes them); with `-sin` it is undone."""
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin).to(states.dtype)
 
-    due: torch.Tensor
-    begun: torch.Tensor | None
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
+
+class RMTSink(nn.Module):
+    """A key and a value that every token sees before memory, once the stream's beginning has left the window.
+
+    Heads of a pretrained model rest on the first token when there is nothing to find, and lose their way without it.
+
+    Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". Departs from it: the sink is
+    learned, or of the begin-of-text token in a converted model.
+    """
+
+    def __init__(self, config: RMTConfig) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.empty(config.key_value_shape))  # (G, D), without rotary encoding
+        self.value = nn.Parameter(torch.empty(config.key_value_shape))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Key and value (G, D), and a zero with a gradient."""
+        return own_heads(self.key), own_heads(self.value), zero_of(self)
+
+
+class RMTFusion(nn.Module):
+    """How the paths are added: the local path through a gate for each head and token, or all by scalars of the layer.
+
+    Source: section 3 of arXiv 2507.00453 for the scalars; the gate is ours.
+    """
+
+    def __init__(self, config: RMTConfig) -> None:
+        super().__init__()
+        self.is_gated = config.fusion_type == "gated"
+        num_extra_paths = config.use_local_attention + (config.prefix_length > 0)
+        if self.is_gated and config.use_local_attention:
+            self.gate = nn.Linear(config.hidden_size, config.num_attention_heads)
+            self.scale = nn.Parameter(torch.empty(config.num_attention_heads))
+        elif num_extra_paths and not self.is_gated:
+            self.logits = nn.Parameter(torch.empty(1 + num_extra_paths))
+
+    def forward(
+        self, hidden_states: torch.Tensor, window: torch.Tensor, local: torch.Tensor | None, prefix: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The paths (B, T, H, D) added; None where there is none. `prefix` is given if it has a softmax of its own."""
+        if not self.is_gated:
+            paths = [path for path in (window, local, prefix) if path is not None]
+            shares = at_least_float32(self.logits).softmax(0).to(window.dtype) if len(paths) > 1 else [1.0]
+            return sum((share * path for share, path in zip(shares, paths, strict=True)), torch.zeros_like(window))
+        return window if local is None else torch.addcmul(window, self.share(hidden_states), local)
+
+    def share(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the local path counts for (B, T, E), with `"gated"`: (B, T, H, 1)."""
+        gate = at_least_float32(self.gate(hidden_states)).sigmoid() * at_least_float32(own_heads(self.scale))
+        return gate.to(hidden_states.dtype)[..., None]
+
+
+def eager_attention_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in plain PyTorch: (B, H, Lq, D), (B, G, Lk, D), additive mask; returns (B, Lq, H, D) and weights."""
+    key = key.repeat_interleave(module.num_key_value_groups, 1)
+    value = value.repeat_interleave(module.num_key_value_groups, 1)
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = at_least_float32(weights).softmax(-1).to(query.dtype)
+    weights = F.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax attention through the implementation that the configuration names.
+
+    Args:
+        query: (B, Lq, H, D).
+        key, value: (B, G, Lk, D).
+        mask: (B or 1, 1, Lq, Lk) bool, True where a key is seen.
+        is_causal: Whether the last query sees all keys, and each one before it one key less.
+
+    Returns:
+        (B, Lq, H, D), and the weights (B, H, Lq, Lk) if the implementation gives them.
+    """
+    implementation = module.config._attn_implementation or "eager"
+    num_queries, num_keys = query.shape[1], key.shape[2]
+    is_flash = "flash" in implementation
+    if mask is not None and is_flash:
+        raise ValueError(
+            f"attn_implementation {implementation!r} takes no masks, which rows at different positions, padded or "
+            'packed rows want: use "sdpa", or rows that stand at one position.'
+        )
+    is_causal = is_causal and mask is None and num_queries > 1
+    if is_causal and not is_flash and (num_queries != num_keys or implementation != "sdpa"):
+        seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        mask, is_causal = seen.tril(num_keys - num_queries)[None, None], False
+    if mask is not None and implementation != "sdpa":
+        additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+        mask = additive.masked_fill(~mask, torch.finfo(query.dtype).min).expand(query.shape[0], -1, -1, -1)
+    interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    return interface(
+        module,
+        query.transpose(1, 2),
+        key,
+        value,
+        mask,
+        dropout=module.config.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        is_causal=is_causal,
+    )
 
 
 class RMTAttention(nn.Module):
-    """Global, chunked local and memory attention, fused.
+    """Attention to prefix and window in one softmax, and to the own chunk; memory is written as segments leave.
 
-    Source: section 3 of arXiv 2507.00453. Departs from the paper: memory has a query projection of its own, and the
-    default fusion is gated (docs/design.md says why).
+    Source: section 3 of arXiv 2507.00453. Departs from the paper: memory is a prefix of the window (docs/design.md).
     """
 
     def __init__(self, config: RMTConfig, layer_idx: int) -> None:
@@ -105,395 +246,236 @@ class RMTAttention(nn.Module):
         self.scaling = head_dim**-0.5
         self.is_causal = True
         # Plain numbers: every look into a configuration costs 3 µs, which a step of one token feels.
-        self.head_dim = head_dim
-        self.segment_length, self.window_length = config.segment_length, config.window_length
-        self.num_lookback_segments, self.num_memory_slots = config.num_lookback_segments, config.num_memory_slots
-        self.use_local_attention, self.use_qk_norm = config.use_local_attention, config.use_qk_norm
+        self.head_dim, self.segment_length, self.window_length = head_dim, config.segment_length, config.window_length
+        self.chunk_length, self.num_lookback_segments = config.chunk_length, config.num_lookback_segments
+        self.prefix_length, self.num_memory_slots = config.prefix_length, config.num_memory_slots
+        self.use_qk_norm, self.use_local_attention = config.use_qk_norm, config.use_local_attention
+        self.is_unified, self.num_kept_queries = config.fusion_type == "gated", num_kept_queries(config)
         queries, slots = config.num_attention_heads * head_dim, num_key_value_heads * head_dim
-        self.q_proj = RMTLinear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = RMTLinear(config.hidden_size, slots, bias=config.attention_bias)
-        self.v_proj = RMTLinear(config.hidden_size, slots, bias=config.attention_bias)
-        self.o_proj = RMTLinear(queries, config.hidden_size, bias=config.attention_bias)
-        norms = ["q_norm", "k_norm"] if config.use_qk_norm else []
-        if config.num_memory_slots:
-            self.memory_q_proj = RMTLinear(config.hidden_size, queries, bias=config.attention_bias)
-            self.memory = RMTMemory(config)
-            norms += ["memory_q_norm"] if config.use_qk_norm else []
-        for name in norms:
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, slots, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, slots, bias=config.attention_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        for name in ("q_norm", "k_norm") if config.use_qk_norm else ():
             self.add_module(name, RMTRMSNorm(head_dim, config.rms_norm_eps))
-        self.fusion = RMTFusion(config)
+        self.memory = RMTMemory(config) if config.num_memory_slots else None
         self.sink = RMTSink(config) if config.use_attention_sink else None
+        self.fusion = RMTFusion(config)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         layout: CallLayout,
-        position_embeddings: tuple[torch.Tensor, ...],
+        tables: Tables,
         state: LayerState | None = None,
         keep_state: bool = False,
-        output_attentions: bool = False,
-        token: OneToken | None = None,
-        turn: Turn | None = None,
-        sink_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        only_state: bool = False,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, LayerState | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, LayerState | None]:
         """Attends and, if asked, gives the state after the call.
 
         Args:
             hidden_states: (B, T, E), after the input norm.
             layout: Where each column belongs.
-            position_embeddings: Cosine and sine for the aligned columns, then for the segments to be written.
-            state: The state before the call; not changed in place while gradients are recorded.
+            tables: What all layers need of the call.
+            state: The state before the call, None for new streams; not changed while gradients are recorded.
             keep_state: Whether to return a state.
-            output_attentions: Whether to return global attention weights (needs the eager implementation).
-            token: Given if the call is a plain step of one token, as `is_plain_step` says.
-            turn: Given if the call is a step that brings rows to the end of their segment, and is to turn them.
-            sink_embeddings: Cosine and sine for the sink of each segment, if a token sees it.
-            only_state: Whether no token is to attend, and the new state is all that is wanted.
 
         Returns:
-            (B, T, E), or None if only the state is wanted; weights (B, H, T, T), or (B, H, T, (N + 1) * S) with a
-            state, or None; the new state or None.
+            (B, T, E); weights over prefix and window (B, H, T, P + (N + 1) * S), or (B, H, T, T) of new streams that
+            are no longer than the window, if the implementation gives them; the state.
         """
-        hidden_states = layout.align(hidden_states)
-        sink = None if self.sink is None or sink_embeddings is None else self.sink(*sink_embeddings)
-        if token is not None:
-            step, before = cast(StepView, layout.step), cast(LayerState, state)
-            fused, state = attend_one_token(self, hidden_states[:, 0], step, before, token, sink)
-            state = state if turn is None else self.turn(state, *turn)
-            return layout.restore(self.o_proj(fused)[:, None]), None, state
-        inputs = self._project(hidden_states, layout, keep_state, only_state, sink, *position_embeddings[:2])
-        state = None if state is None else state.to(inputs.key.dtype)
-        blocks: tuple = (None, None)
-        if state is None and layout.form == SEGMENTS:  # documents begin inside the rows of new streams
-            columns = self.window_length + self.segment_length
-            state = LayerState.empty(inputs.key, inputs.scores, columns, self.num_memory_slots)
-        paths: Paths | None
-        if state is None or layout.form == FRESH:
-            paths, blocks, state = self._attend_fresh(inputs, layout, keep_state)
-        elif layout.step is None:
-            paths, blocks, state = self._attend_segments(inputs, layout, state, position_embeddings[2:])
-        else:
-            state = self._lay(inputs, layout.step, state)
-            paths, blocks = self._attend_step(inputs, layout.step, state)
-            state = state if turn is None else self.turn(state, *turn)
-        if paths is None:
-            return None, None, state
-        output = self.o_proj(fuse(self.fusion(hidden_states), paths).flatten(2))
-        weights = self._weights_by_column(blocks, layout) if output_attentions else None
-        return layout.restore(output), weights, state
+        query, key = (rotate(self.heads(name, hidden_states), *tables.columns) for name in "qk")
+        value = self.heads("v", hidden_states)
+        scores = at_least_float32(key[:, :, 0, :0]) if self.memory is None else self.memory.scores(hidden_states)
+        if state is None:
+            state = LayerState.empty(self.config, key, scores, query)
+        frame = state.cast(key.dtype).extend(layout, self.config, key, value, scores)
+        frame = frame.observe(layout, self.config, query) if layout.num_writes or keep_state else frame
+        stages = self.write(frame, layout, tables) if layout.num_writes and self.num_memory_slots else None
+        prefix = None
+        if tables.prefixes is not None:
+            views = torch.arange(layout.num_views, device=query.device)[None]
+            memory = self.memory_after(frame, stages, views.clamp_max(layout.num_writes), layout.first_views, layout)
+            prefix = self.prefix(memory, tables.prefixes)
+            if layout.num_views == 1:
+                frame = frame.with_prefix(self.segment_length, (prefix[0][:, 0], prefix[1][:, 0]))
+        split = 0 if self.is_unified else self.prefix_length
+        window, weights = self.read(query, frame, prefix, layout, tables.mask, (split, self.prefix_length + self.window_length))
+        local = self.attend_to_chunk(query, frame, layout, tables.chunk_mask) if self.use_local_attention else None
+        own = self.read(query, frame, prefix, layout, tables.mask, (0, split))[0] if split else None
+        output = self.o_proj(self.fusion(hidden_states, window, local, own).flatten(2))
+        if torch.is_grad_enabled():
+            output = output + self.anchor(scores, frame).to(output.dtype)
+        return output, weights, self.state_after(frame, stages, layout, tables) if keep_state else None
 
-    def _project(
+    def heads(self, name: str, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, T, heads, D) of a projection, normalised per head where that is so."""
+        states = getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim))
+        return getattr(self, f"{name}_norm")(states) if self.use_qk_norm and name != "v" else states
+
+    def anchor(self, scores: torch.Tensor, frame: LayerState) -> torch.Tensor:
+        """Zero, with a gradient of zero for all that a short row does not use: no call leaves a parameter out."""
+        zero = scores.sum() * 0
+        if self.memory is not None:
+            zero = zero + self.memory(frame.memory, None)[1]
+        return zero if self.sink is None else zero + self.sink()[2]
+
+    def prefix(self, memory: Slots, turn: Turn) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots (B, V, M, G, D) in the order of the text, behind the sink, as keys and values (B, V, G, P, D)."""
+        keys, values, _, positions = memory
+        order = positions - (positions < 0).long()  # what was never written comes first, the sink next
+        if self.sink is not None:
+            key, value, _ = self.sink()
+            shape = (*keys.shape[:2], 1, *keys.shape[3:])
+            keys = torch.cat([key.to(keys.dtype).expand(shape), keys], 2)
+            values = torch.cat([value.to(values.dtype).expand(shape), values], 2)
+            order = torch.cat([order.new_full(shape[:4], -1), order], 2)
+        order = order.sort(dim=2, stable=True).indices[..., None]
+        keys = rotate(keys.take_along_dim(order, 2), *turn)
+        return keys.transpose(2, 3), values.take_along_dim(order, 2).transpose(2, 3)
+
+    def read(
         self,
-        hidden_states: torch.Tensor,
+        query: torch.Tensor,
+        frame: LayerState,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None,
         layout: CallLayout,
-        keep_state: bool,
-        only_state: bool,
-        sink: Sink | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-    ) -> Projections:
-        """Queries, keys and values of the aligned columns; what memory needs only where it is read or kept."""
-
-        def heads(name: str, states: torch.Tensor) -> torch.Tensor:
-            states = getattr(self, f"{name}_proj")(states).unflatten(-1, (-1, self.head_dim))
-            return getattr(self, f"{name}_norm")(states) if self.use_qk_norm and name != "v" else states
-
-        key, value = (heads(name, hidden_states) for name in ("k", "v"))
-        query = memory_query = None
-        if not only_state:
-            query = rotate(heads("q", hidden_states), cos, sin)
-            asking = hidden_states[:, self.window_length :].contiguous() if layout.form == FRESH else hidden_states
-            memory_query = heads("memory_q", asking) if layout.reads_memory else None
-        writes = self.num_memory_slots > 0 and (layout.reads_memory or keep_state)
-        scores = self.memory.scores(hidden_states) if writes else key[:, :, 0, :0]
-        return Projections(query, rotate(key, cos, sin), key, value, memory_query, scores, sink)
-
-    def _attend_fresh(
-        self, inputs: Projections, layout: CallLayout, keep_state: bool
-    ) -> tuple[Paths | None, tuple, LayerState | None]:
-        """All rows begin their stream here: one causal block as long as the window, then whole segments."""
-        segment, lookback = self.segment_length, self.num_lookback_segments
-        length, window = inputs.key.shape[1], self.window_length
-        num_later = max(0, -(-(length - window) // segment))  # segments that do not see the beginning any more
-        paths, weights, rounds, state = None, (None, None), None, None
-        writes = [max(0, end // segment - lookback) for end in layout.ends]
-        if self.num_memory_slots and (num_later or keep_state):
-            written = (
-                first_columns(pad_columns(states, segment), max(num_later, *writes) * segment)
-                for states in (inputs.unrotated_key, inputs.value, inputs.scores)
-            )
-            rounds = self._write_segments(empty_slots(inputs.value, self.num_memory_slots), *written)
-        if inputs.query is not None:
-            from_global, weights = self._attend_fresh_global(inputs.query, inputs, num_later)
-            from_local = from_memory = None
-            if self.use_local_attention:
-                from_local = local_attention(self, inputs.query, inputs.key, inputs.value)
-            if rounds is not None and inputs.memory_query is not None:
-                versions = torch.arange(1, num_later + 1, device=inputs.key.device)
-                asked = pad_columns(inputs.memory_query, segment)
-                from_memory = memory_attention(self, asked, self.memory.version(rounds, versions))
-                from_memory = first_columns(from_memory, length - window)
-            paths = Paths(from_global, from_local, from_memory)
-        if keep_state:
-            firsts = [(end // segment - lookback - 1) * segment for end in layout.ends]
-            frame = (inputs.key, inputs.value, inputs.scores)
-            state = self._closing_state(frame, layout, firsts, rounds, writes, None)
-        return paths, weights, state
-
-    def _attend_fresh_global(
-        self, query: torch.Tensor, inputs: Projections, num_later: int
-    ) -> tuple[torch.Tensor, tuple]:
-        """Global attention of new streams; the weights of the causal block and of the later segments."""
-        key, value = inputs.key, inputs.value
-        length, segment, window = query.shape[1], self.segment_length, self.window_length
-        if inputs.sink is None and can_be_tiled(self, query, key, value):
-            windows = windows_from_the_start(length, segment, window)
-            return tiled_attention(query, key, value, windows, self.scaling), (None, None)
-        if not num_later:
-            output, weights = attend(self, query, key, value)
-            return output, (weights, None)
-        query, later_query = query.split([window, length - window], 1)
-        # The first window holds the keys of the causal block, each other one those of a later segment.
-        (key, later_key), (value, later_value) = (
-            windows_of(pad_columns(states, segment), self.config).split([1, num_later], 1) for states in (key, value)
-        )
-        output, weights = attend(self, query, key[:, 0], value[:, 0])
-        later_query = pad_columns(later_query, segment)
-        later, later_weights = windowed_attention(self, later_query, later_key, later_value, None, inputs.sink)
-        return first_columns(torch.cat([output, later], 1), length), (weights, later_weights)
-
-    def _attend_segments(
-        self, inputs: Projections, layout: CallLayout, state: LayerState, write_rotary: tuple[torch.Tensor, ...]
-    ) -> tuple[Paths | None, tuple, LayerState]:
-        """Rows go on with their streams, across segment ends: whole segments from where each row stands."""
-        segment, lookback = self.segment_length, self.num_lookback_segments
-        kept = (lookback + 1) * segment
-        places = [start % segment for start in layout.starts]
-        is_old: torch.Tensor | None = None
-        if not are_equal(places):
-            is_old = torch.arange(segment, device=inputs.key.device) < layout.per_row(places)[:, None]  # (B, S)
-
-        def join(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-            if is_old is None:
-                return torch.cat([old[:, : kept + places[0]], new[:, places[0] :]], 1)
-            is_old_here = is_old.reshape(*is_old.shape, *[1] * (old.dim() - 2))
-            current = torch.where(is_old_here, old[:, kept:], new[:, :segment])
-            return torch.cat([old[:, :kept], current, new[:, segment:]], 1)
-
-        keys, values = join(state.keys.transpose(1, 2), inputs.key), join(state.values.transpose(1, 2), inputs.value)
-        scores, paths, weights = join(state.scores, inputs.scores), None, None
-        rounds = self.memory.write(state.memory, None) if self.num_memory_slots else None
-        if rounds is not None and write_rotary:
-            written = slice(segment, segment + write_rotary[0].shape[1])
-            unrotated = rotate(keys[:, written], write_rotary[0], -write_rotary[1])
-            begun, meets_empty = layout.begun(segment), self._meets_empty(layout)
-            rounds = self._write_segments(
-                state.memory, unrotated, values[:, written], scores[:, written], begun, meets_empty
-            )
-        if inputs.query is not None:
-            from_global, weights = self._attend_segments_global(inputs.query, inputs.sink, layout, keys, values)
-            from_local = from_memory = None
-            if self.use_local_attention:
-                from_local = local_attention(self, inputs.query, keys[:, kept:], values[:, kept:])
-            if rounds is not None and inputs.memory_query is not None:
-                versions = torch.arange(layout.length // segment, device=inputs.key.device)
-                memory = self._memory_after(rounds, versions, versions[None], layout)
-                from_memory = memory_attention(self, inputs.memory_query, memory)
-            paths = Paths(from_global, from_local, from_memory)
-        writes = layout.turns(segment)
-        firsts = [count * segment for count in writes]
-        state = self._closing_state((keys, values, scores), layout, firsts, rounds, writes, state.previous_memory)
-        return paths, (weights, None), state
-
-    def _attend_segments_global(
-        self, query: torch.Tensor, sink: Sink | None, layout: CallLayout, keys: torch.Tensor, values: torch.Tensor
+        mask: torch.Tensor | None,
+        columns: tuple[int, int],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Global attention to keys and values (B, (N + 1 + F) * S, G, D) of the window before the call and the call."""
-        segment, window = self.segment_length, self.window_length
-        sees_all = sink is None and layout.window_mask is None
-        if sees_all and can_be_tiled(self, query, keys, values):
-            windows = [Windows(0, query.shape[1] // segment, segment, window)]
-            return tiled_attention(query, keys, values, windows, self.scaling, shift=window), None
-        seen_keys, seen_values = (windows_of(states[:, segment:], self.config) for states in (keys, values))
-        return windowed_attention(self, query, seen_keys, seen_values, layout.window_mask, sink)
+        """Attention to a range of the columns of prefix and window: (B, T, H, D), exactly zero where none is seen."""
+        first, last = columns
+        is_window, width = last > self.prefix_length, self.prefix_length + self.window_length
+        outputs, all_weights = [], []
+        lead = 0 if mask is not None else layout.lead
+        if lead:
+            at = self.window_length + (self.prefix_length if layout.num_views == 1 else 0)
+            keys, values = (states[:, :, at : at + lead] for states in frame[:2])
+            found = attend(self, query[:, :lead], keys, values, is_causal=True) if is_window else (torch.zeros_like(query[:, :lead]), None)
+            outputs.append(found[0])
+            all_weights.append(found[1])
+        if lead < layout.num_columns:
+            spread = layout.spread(query, layout.num_views * self.segment_length)
+        groups = layout.groups if mask is None else (ViewGroup(0, layout.num_views, 0, width),)
+        for group in groups:
+            asked = spread
+            if layout.num_views > 1:
+                asked = spread[:, group.first * self.segment_length : group.end * self.segment_length]
+            asked = asked.unflatten(1, (group.end - group.first, -1)).flatten(0, 1)
+            start, stop = max(first, group.start), min(last, group.stop)
+            if start >= stop:
+                outputs.append(torch.zeros_like(asked).unflatten(0, (len(query), -1)).flatten(1, 2))
+                continue
+            keys, values = (states[..., start:stop, :] for states in self.columns(frame, prefix, layout, group))
+            seen = None if mask is None else mask[..., start:stop].expand(len(query), -1, -1, -1).flatten(0, 1)[:, None]
+            output, weights = attend(self, asked, keys.flatten(0, 1), values.flatten(0, 1), seen, is_causal=is_window)
+            if seen is not None and not is_window:
+                output = output.masked_fill(~seen.any(-1).transpose(1, 2)[..., None], 0)
+            outputs.append(output.unflatten(0, (len(query), -1)).flatten(1, 2))
+            if weights is not None:  # (B * views, H, queries, columns) to (B, queries of all views, H, width)
+                weights = F.pad(weights, (start, width - stop)).unflatten(0, (len(query), -1))
+                weights = weights.transpose(2, 3).flatten(1, 2).transpose(1, 2)
+            all_weights.append(weights)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        output = output if lead == layout.num_columns else layout.collect(output)
+        if not is_window or all_weights[0] is None:
+            return output, None
+        weights = torch.cat(cast(list[torch.Tensor], all_weights), 2)
+        if lead < layout.num_columns:
+            weights = layout.collect(weights.transpose(1, 2)).transpose(1, 2)
+        return output, weights
 
-    def _meets_empty(self, layout: CallLayout) -> torch.Tensor | None:
-        """Which of the segments that a call writes find the ring place of an earlier document, (B, W) bool."""
-        written = torch.arange(layout.length // self.segment_length, device=layout.position_ids.device)
-        written = written[None] - self.num_lookback_segments
-        return layout.other_documents(written - self.memory.blocks, written)
+    def columns(
+        self, frame: LayerState, prefix: tuple[torch.Tensor, torch.Tensor] | None, layout: CallLayout, group: ViewGroup
+    ) -> list[torch.Tensor]:
+        """Keys and values of prefix and window of some views, (B, views, G, P + (N + 1) * S, D) each."""
+        if layout.num_views == 1:
+            return [states[:, None, :, self.segment_length :] for states in frame[:2]]
+        found = []
+        for index, states in enumerate(frame[:2]):
+            segments = states.unflatten(2, (-1, self.segment_length)).transpose(1, 2)  # (B, segments, G, S, D)
+            parts = [] if prefix is None else [prefix[index][:, group.first : group.end]]
+            back = range(1, self.num_lookback_segments + 2)
+            parts += [segments[:, group.first + i : group.end + i] for i in back]
+            found.append(torch.cat(parts, 3))
+        return found
 
-    def _memory_after(self, rounds: Slots, num_writes: torch.Tensor, of: torch.Tensor, layout: CallLayout) -> Slots:
-        """Memory (B, V, M, G, D) after a number of writes, (V,) or (B, V), as aligned segments `of` may see it."""
-        memory = self.memory.version(rounds, num_writes)
-        if layout.origins is None:
-            return memory
-        blocks = torch.arange(-self.memory.blocks, 0, device=num_writes.device)  # oldest first
-        held = num_writes.reshape(-1, num_writes.shape[-1], 1) + blocks - self.num_lookback_segments
-        hidden = cast(torch.Tensor, layout.other_documents(held, of))
-        return forget_slots(memory, hidden.repeat_interleave(memory.strengths.shape[2] // self.memory.blocks, 2))
+    def attend_to_chunk(
+        self, query: torch.Tensor, frame: LayerState, layout: CallLayout, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Local attention: each token sees its own chunk, (B, T, H, D)."""
+        segment, chunk, batch = self.segment_length, self.chunk_length, len(query)
+        first = self.window_length + (self.prefix_length if layout.num_views == 1 else 0)
+        keys, values = frame.keys[:, :, first:], frame.values[:, :, first:]
+        if mask is not None:
+            if layout.groups and query.shape[1] == 1 and not torch.compiler.is_compiling():
+                end = layout.groups[0].stop + segment - self.prefix_length - self.window_length
+                start = (end - 1) // chunk * chunk
+                return attend(self, query, keys[:, :, start:end], values[:, :, start:end])[0]
+            return attend(self, query, keys, values, mask)[0]
+        spread = layout.spread(query, layout.num_views * segment).unflatten(1, (-1, chunk)).flatten(0, 1)
+        keys, values = (states.unflatten(2, (-1, chunk)).transpose(1, 2).flatten(0, 1) for states in (keys, values))
+        output, _ = attend(self, spread, keys, values, is_causal=True)
+        return layout.collect(output.unflatten(0, (batch, -1)).flatten(1, 2))
 
-    @staticmethod
-    def _lay(inputs: Projections, step: StepView, state: LayerState) -> LayerState:
-        """The state with the new tokens laid into the window."""
-        keys = lay_columns(state.keys, 2, step.columns, inputs.key.transpose(1, 2))
-        values = lay_columns(state.values, 2, step.columns, inputs.value.transpose(1, 2))
-        scores = lay_columns(state.scores, 1, step.columns, inputs.scores)
-        return state._replace(keys=keys, values=values, scores=scores)
-
-    def _attend_step(self, inputs: Projections, step: StepView, state: LayerState) -> tuple[Paths | None, tuple]:
-        """No row leaves its segment: the window, new tokens included, is looked at as it lies in the state."""
-        if inputs.query is None:
-            return None, (None, None)
-        keys, values = state.keys.transpose(1, 2), state.values.transpose(1, 2)
-        seen = slice(*step.global_span)
-        seen_keys, seen_values = keys[:, seen], values[:, seen]
-        if inputs.sink is not None:
-            windows = inputs.sink.before(seen_keys[:, None], seen_values[:, None])
-            seen_keys, seen_values = (states[:, 0] for states in windows)
-        outputs, weights = attend(self, inputs.query, seen_keys, seen_values, step.global_mask)
-        weights = without_sink(weights, inputs.sink)
-        from_local = from_memory = None
-        if self.use_local_attention:
-            seen = slice(*step.local_span)
-            from_local, _ = attend(self, inputs.query, keys[:, seen], values[:, seen], step.local_mask)
-        if inputs.memory_query is not None:
-            from_memory = memory_attention(self, inputs.memory_query, state.memory.map(lambda tensor: tensor[:, None]))
-        return Paths(outputs, from_local, from_memory), (weights, None)
-
-    def zero_with_gradient(self) -> torch.Tensor:
-        """Zero, in whose graph all of memory, fusion and sink is.
-
-        Processes that share out the weights (FSDP) must have a gradient for the same parameters, and a call that reads
-        no memory gives these none.
-        """
-        names = ("memory", "memory_q_proj", "memory_q_norm", "fusion", "sink")
-        modules = [module for name, module in self.named_children() if name in names]
-        learned = [p for module in modules for p in module.parameters() if p.requires_grad]
-        return sum((p.sum() * 0 for p in learned), torch.zeros((), device=self.q_proj.weight.device))
-
-    def turn(
-        self,
-        state: LayerState,
-        due: torch.Tensor,
-        begun: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    ) -> LayerState:
-        """Moves the window of rows whose segment a step has filled on by one, and writes the segment that leaves it.
-
-        Apart from the step, so that a compiled step is the same at every position.
-
-        Args:
-            state: The state after the step.
-            due: (B,) bool, the rows.
-            begun: (B, 1) bool, whether the stream had begun before the segment that leaves.
-            position_embeddings: Cosine and sine for that segment, each (B, S, 1, D).
-        """
-        segment = self.segment_length
-        moved = state.shift_rows(due, segment)
-        if not self.num_memory_slots:
-            return moved
-        keys, values = (old[:, :, segment : 2 * segment].transpose(1, 2) for old in state[:2])
-        cos, sin = position_embeddings
-        scores = state.scores[:, segment : 2 * segment]
-        rounds = self._write_segments(state.memory, rotate(keys, cos, -sin), values, scores, begun)
-        written = self.memory.version(rounds, torch.ones(1, dtype=torch.int64, device=due.device))
-        return moved._replace(
-            memory=state.memory.replace_rows(due, written.map(lambda tensor: tensor[:, 0])),
-            previous_memory=state.previous_memory.replace_rows(due, state.memory),
+    def write(self, frame: LayerState, layout: CallLayout, tables: Tables) -> list[Slots]:
+        """Every stage of memory in a call: see `RMTMemory.forward`. Segment 1 + w of the frame is the w-th written."""
+        memory, count, length = cast(RMTMemory, self.memory), layout.num_writes, self.num_kept_queries
+        segment, device = self.segment_length, frame.keys.device
+        first = segment + (self.prefix_length if layout.num_views == 1 else 0)
+        rotated, values = (
+            states[:, :, first : first + count * segment].unflatten(2, (-1, segment)).transpose(1, 2)
+            for states in frame[:2]
+        )  # (B, W, G, S, D)
+        cos, sin = (table.unflatten(1, (-1, segment)) for table in cast(Turn, tables.writes))
+        evidence = None
+        if length:
+            queries = frame.queries[:, :, length : (1 + count) * length].unflatten(2, (-1, length)).transpose(1, 2)
+            evidence = attention_evidence(queries, rotated, self.scaling)
+        numbers = torch.arange(count, device=device) - self.num_lookback_segments
+        numbers = numbers - layout.began(numbers)  # (B or 1, W), in their documents
+        segments = Segments(
+            keys=rotate(rotated.transpose(2, 3), cos, -sin),
+            values=values.transpose(2, 3),
+            scores=frame.scores[:, segment : (1 + count) * segment].unflatten(1, (-1, segment)),
+            evidence=evidence,
+            positions=(numbers * segment)[..., None] + torch.arange(segment, device=device),
+            is_there=numbers >= 0,
+            begins=numbers,
+            is_packed=layout.is_packed,
         )
+        return memory(frame.memory, segments)[0]
 
-    def _write_segments(
+    def memory_after(
         self,
-        memory: Slots,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scores: torch.Tensor,
-        begun: torch.Tensor | None = None,
-        meets_empty: torch.Tensor | None = None,
-    ) -> Slots:
-        """Condenses and writes W segments, (B, W * S, ...); `begun` (B, W) is False before a stream began."""
-        segments = (states.unflatten(1, (-1, self.segment_length)) for states in (keys, values, scores))
-        candidates = self.memory.condense(*segments)
-        if begun is not None:
-            hidden = ~begun[:, :, None, None]
-            candidates = Slots(
-                candidates.keys.masked_fill(hidden[..., None], 0),
-                candidates.values.masked_fill(hidden[..., None], 0),
-                candidates.strengths.masked_fill(hidden, -torch.inf),
-            )
-        return self.memory.write(memory, candidates, meets_empty)
-
-    def _closing_state(
-        self,
-        frame: tuple[torch.Tensor, ...],
+        frame: LayerState,
+        stages: list[Slots] | None,
+        num_writes: torch.Tensor,
+        first_views: torch.Tensor,
         layout: CallLayout,
-        firsts: list[int],
-        rounds: Slots | None,
-        writes: list[int],
-        previous: Slots | None,
+    ) -> Slots:
+        """Memory (B, V, M, G, D) after a number of writes, (B or 1, V), as a document may see it that began there."""
+        if stages is None:
+            return frame.memory.map(lambda tensor: tensor[:, None].expand(-1, num_writes.shape[1], *tensor.shape[1:]))
+        memory = cast(RMTMemory, self.memory)
+        found = memory.version(stages, num_writes[0] if len(num_writes) == 1 else num_writes)
+        if not layout.is_packed:
+            return found
+        segments = memory.written_before(num_writes) - self.num_lookback_segments
+        return found.forget(segments < first_views[..., None])
+
+    def state_after(
+        self, frame: LayerState, stages: list[Slots] | None, layout: CallLayout, tables: Tables
     ) -> LayerState:
-        """The state after a call: last columns of the frame (B, columns, ...), memory after each row's writes."""
-        keys, values, scores = self._closing_window(frame, layout, firsts)
-        if rounds is None:
-            none = empty_slots(frame[0], 0)
-            return LayerState(keys, values, scores, none, none)
-        counts = layout.per_row(writes)
-        last = torch.full_like(counts[:, None], layout.length // self.segment_length)
-        memory, before = (
-            self._memory_after(rounds, number[:, None], last, layout).map(lambda tensor: tensor[:, 0])
-            for number in (counts, (counts - 1).clamp_min(0))
-        )
-        if previous is not None:
-            before = previous.replace_rows(counts > 0, before)
-        return LayerState(keys, values, scores, memory, before)
-
-    def _closing_window(
-        self, frame: tuple[torch.Tensor, ...], layout: CallLayout, firsts: list[int]
-    ) -> tuple[torch.Tensor, ...]:
-        """Keys and values (B, G, (N + 2) * S, D), and scores, from a column of each row on.
-
-        Zeros where the frame has no column, and before the last document of a row.
-        """
-        length, num_columns = frame[0].shape[1], self.window_length + self.segment_length
-        if layout.origins is None and are_equal(firsts):
-            by_head = (frame[0].transpose(1, 2), frame[1].transpose(1, 2), frame[2])
-            return tuple(cut_columns(states, firsts[0], num_columns) for states in by_head)
-        rows = torch.arange(len(firsts), device=frame[0].device)[:, None]
-        columns = layout.per_row(firsts)[:, None] + torch.arange(num_columns, device=frame[0].device)
-        outside = (columns < 0) | (columns >= length)
-        if layout.origins is not None:
-            outside |= columns < (layout.origins[:, -1:] + self.num_lookback_segments + 1) * self.segment_length
-        columns = columns.clamp(0, length - 1)
-        keys, values, scores = (
-            states[rows, columns].masked_fill(outside.reshape(*outside.shape, *[1] * (states.dim() - 2)), 0)
-            for states in frame
-        )
-        return keys.transpose(1, 2).contiguous(), values.transpose(1, 2).contiguous(), scores
-
-    def _weights_by_column(self, weights: tuple, layout: CallLayout) -> torch.Tensor | None:
-        """Global attention weights as a map (B, H, T, keys); see `forward`."""
-        segment, window = self.segment_length, self.window_length
-        head, tail = weights
-        if head is None:  # the implementation gives none
-            return None
-        if layout.form == FRESH:
-            batch, heads = head.shape[:2]
-            size = layout.length if tail is None else window + tail.shape[0] // batch * segment
-            full = head.new_zeros(batch, heads, size, size)
-            full[:, :, : head.shape[2], : head.shape[2]] = head
-            if tail is not None:
-                tail = tail.unflatten(0, (batch, -1)).transpose(1, 2)  # (B, H, F, S, (N + 1) * S)
-                first = torch.arange(tail.shape[2], device=head.device)[:, None, None] * segment
-                rows = window + first + torch.arange(segment, device=head.device)[:, None]
-                full[:, :, rows, segment + first + torch.arange(window, device=head.device)] = tail
-            full = full[:, :, : layout.length, : layout.length].transpose(1, 2)  # (B, T, H, T)
-            full = layout.restore(full).permute(0, 3, 2, 1)
-            return layout.restore(full).permute(0, 2, 3, 1)
-        if layout.step is not None:
-            span_start, span_end = layout.step.global_span
-            head = F.pad(head, (span_start - segment, window + segment - span_end))
+        """The state after a call."""
+        if not layout.num_writes and layout.num_views == 1:
+            return frame
+        turns, began = layout.turns[:, None], layout.first_views[:, -1:]
+        memory = self.memory_after(frame, stages, turns, began, layout)
+        before = self.memory_after(frame, stages, (turns - 1).clamp_min(0), began, layout).map(lambda tensor: tensor[:, 0])
+        before = frame.previous_memory.replace_rows(turns[:, 0] > 0, before)
+        if tables.after is None:
+            prefix = (frame.keys[:, :, :0], frame.values[:, :, :0])
         else:
-            head = head.unflatten(0, (len(layout.starts), -1)).transpose(1, 2).flatten(2, 3)
-        return layout.restore(head.transpose(1, 2)).transpose(1, 2)
+            prefix = tuple(states[:, 0] for states in self.prefix(memory, tables.after))
+        after = frame.close(layout, self.config, cast(Any, prefix))
+        return after._replace(memory=memory.map(lambda tensor: tensor[:, 0]), previous_memory=before)

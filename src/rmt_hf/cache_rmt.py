@@ -16,13 +16,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout
-from .memory_rmt import ReadableMemory, Slots
+from .memory_rmt import Slots
 from .saving_rmt import read_record, read_tensors, state_shapes, write_state
 from .state_rmt import LayerState
 
 
 # What a state knows besides its tensors; all of it can be written as JSON.
-CLOCK = ("fingerprint", "positions", "num_columns", "num_croppable_columns")
+CLOCK = ("fingerprint", "positions", "num_columns", "num_croppable_columns", "is_stale")
 
 
 class RMTCacheLayer(CacheLayerMixin):
@@ -35,20 +35,6 @@ class RMTCacheLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.state: LayerState | None = None
-        self._readable: tuple[Slots, ReadableMemory] | None = None  # derived from the slots: no part of the state
-
-    def readable_memory(self, dtype: torch.dtype) -> ReadableMemory:
-        """Memory as a step of one token reads it, made anew when the slots are others."""
-        memory = cast(LayerState, self.state).memory
-        if self._readable is not None:
-            source, readable = self._readable
-            # Each step writes into it, which is forbidden outside of inference mode if it was made inside.
-            is_writable = torch.is_inference_mode_enabled() or not readable.keys.is_inference()
-            if source is memory and readable.values.dtype == dtype and is_writable:
-                return readable
-        readable = ReadableMemory.of(memory, dtype)
-        self._readable = memory, readable
-        return readable
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise RuntimeError("An RMTCache is filled by the forward pass of an RMT model; nothing else can initialise it.")
@@ -82,13 +68,13 @@ class RMTCache(Cache):
     def __init__(self, config: RMTConfig) -> None:
         self.layers: list[RMTCacheLayer]  # type: ignore[assignment]  # all are of our kind
         super().__init__(layers=[RMTCacheLayer() for _ in range(config.num_hidden_layers)])
-        self.fingerprint = state_fingerprint(config)
+        self.fingerprint, self.prefix_length = state_fingerprint(config), config.prefix_length
         self.positions: list[int] = []
         self.num_columns = 0
         self.num_croppable_columns = 0
         self.recent_is_real: torch.Tensor | None = None  # (B, S) bool of the last S columns, for `crop`
         self.num_columns_to_skip = 0  # of the prompt that assisted generation gives next: they have been read
-        self.planned_steps: dict[tuple[int, ...], CallLayout] = {}  # of one token, by positions; no part of the state
+        self.is_stale = False  # whether a memory has been changed, of which the prefix is to be made again
         self._free = [True]  # taken out while a call runs
 
     @property
@@ -166,7 +152,7 @@ class RMTCache(Cache):
         self.recent_is_real = torch.cat([recent[:, num_columns:], is_real[:, -segment:]], 1)
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
-        self.positions = list(layout.ends)
+        self.positions, self.is_stale = list(layout.ends), False
         self.num_columns += num_columns
         self.num_croppable_columns = min(segment, self.num_croppable_columns + num_columns)
 
@@ -204,7 +190,9 @@ class RMTCache(Cache):
         if any(crossed):
             rows = torch.tensor(crossed)
             for layer in self.layers:
-                layer.state = None if layer.state is None else layer.state.rewind_rows(rows, segment)
+                state = layer.state
+                layer.state = None if state is None else state.rewind_rows(rows, segment, self.prefix_length)
+            self.is_stale = True
         # Columns more than S back are not known again: what comes in at the left is never asked for.
         self.recent_is_real = torch.cat([torch.zeros_like(recent[:, :columns]), recent[:, :-columns]], 1)
         self.positions = ends
@@ -219,6 +207,20 @@ class RMTCache(Cache):
     def clone(self) -> "RMTCache":
         """An independent copy of the state."""
         return self._copy()._map(torch.Tensor.clone)
+
+    def edit_memory(self, edit: Callable[[Slots], Slots]) -> None:
+        """Changes the memory of every layer; the window stays.
+
+        The memory before the last write, which `crop` goes back to, is edited as well: a rewind does not undo the edit.
+
+        Args:
+            edit: From slots (B, M, G, D) to slots of the same shapes. It must not change the given tensors in place.
+        """
+        for layer in self.layers:
+            if layer.state is not None:
+                memory, before = edit(layer.state.memory), edit(layer.state.previous_memory)
+                layer.state = layer.state._replace(memory=memory, previous_memory=before)
+        self.is_stale = True
 
     def reset(self, rows: torch.Tensor | None = None) -> None:
         """Forgets everything, as if the streams had never begun.
@@ -305,6 +307,7 @@ class RMTCache(Cache):
         stacked.positions = [position for cache in caches for position in cache.positions]
         stacked.num_columns = max(cache.num_columns for cache in caches)
         stacked.num_croppable_columns = min(cache.num_croppable_columns for cache in caches)
+        stacked.is_stale = any(cache.is_stale for cache in caches)
         return stacked
 
     @property
@@ -408,8 +411,9 @@ class RMTCache(Cache):
 
 def state_fingerprint(config: RMTConfig) -> dict[str, Any]:
     """The fields of a configuration that decide the shape and the meaning of a state."""
-    names = ["num_hidden_layers", "num_key_value_heads", "head_dim", "chunk_length", "segment_length", "memory_write"]
-    names += ["num_lookback_segments", "num_memory_slots", "num_slots_per_chunk", "use_qk_norm", "rope_parameters"]
+    names = ["num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters"]
+    names += ["chunk_length", "segment_length", "num_lookback_segments", "use_qk_norm", "use_attention_sink"]
+    names += ["num_memory_slots", "num_lasting_slots", "num_slots_per_chunk", "num_observing_tokens", "memory_write"]
     fields = vars(config)  # a look through the configuration itself takes 30 times as long
     return {name: fields[name] for name in names}
 
@@ -424,6 +428,46 @@ def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
             f"past_key_values must be a state of this configuration, got one with {', '.join(different)}: begin a new "
             "one with RMTCache(model.config), or use the model that wrote it."
         )
+
+
+def check_cache_type(cache: object) -> None:
+    """Refuses caches of other models; by what it has, as the class from a Hub folder is not that of the package."""
+    if not hasattr(cache, "fingerprint"):
+        raise TypeError(
+            f"past_key_values must be an RMTCache, got {type(cache).__name__}: pass RMTCache(model.config), or "
+            "use_cache=True and the state that the first call returns. (Prefix tuning brings its own: it cannot work.)"
+        )
+
+
+def stream_starts(cache: RMTCache | None, config: RMTConfig, batch_size: int) -> list[int]:
+    """Stream position of each row, after checking that the state is one of this model and this batch."""
+    if cache is None:
+        return [0] * batch_size
+    check_fingerprint(cache.fingerprint, state_fingerprint(config))
+    if cache.positions and len(cache.positions) != batch_size:
+        raise ValueError(
+            f"past_key_values holds {len(cache.positions)} streams, the input has {batch_size} rows: give one row per "
+            "stream, or use the state's batch_select_indices or batch_repeat_interleave."
+        )
+    return cache.positions or [0] * batch_size
+
+
+def real_columns(
+    attention_mask: torch.Tensor | None, cache: RMTCache | None, batch_size: int, num_columns: int
+) -> torch.Tensor | None:
+    """(B, T) bool of this call's columns, None if no column is padding."""
+    if attention_mask is None:
+        return None
+    past = cache.num_columns if cache is not None else 0
+    shapes = {(batch_size, num_columns), (batch_size, past + num_columns)}
+    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) not in shapes:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        raise ValueError(
+            f"attention_mask must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}, 1 at real tokens and 0 "
+            f"at padding; got {got}."
+        )
+    is_real = attention_mask[:, -num_columns:] != 0
+    return None if is_real.all() else is_real
 
 
 __all__ = ["RMTCache"]

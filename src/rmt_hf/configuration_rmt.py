@@ -13,6 +13,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MEMORY_WRITES = ("select", "mean")
+NO_LIMIT = 2**30  # a number for tools that ask how long an input may be
 FUSION_TYPES = ("gated", "softmax")
 ROPE_TYPES = {  # and the numbers that each asks for besides rope_theta
     "default": (),
@@ -38,9 +39,11 @@ class RMTConfig(PreTrainedConfig):
         hidden_act (`str`, defaults to `"silu"`): Activation of the MLP; a name known to transformers.
         rms_norm_eps (`float`, defaults to 1e-6): Added to the variance in every norm; above 0.
         initializer_range (`float`, defaults to 0.02): Standard deviation of initial weights; at least 0.
+        max_position_embeddings (`int`, defaults to 2^30): For tools that ask. It is no limit of this model and limits
+            nothing; a converted model has the number of its source.
         rope_parameters (`dict`, *optional*): `rope_type` (`"default"`, `"linear"` or `"llama3"`) and `rope_theta`, with
             what the type asks for; defaults to the plain type with theta 10,000.
-        attention_bias (`bool`, defaults to `False`): Whether q, k, v, o and memory query projections have a bias.
+        attention_bias (`bool`, defaults to `False`): Whether the q, k, v and o projections have a bias.
         attention_dropout (`float`, defaults to 0.0): Dropout on attention weights in training; at least 0, below 1.
         mlp_bias (`bool`, defaults to `False`): Whether the MLP projections have a bias.
         tie_word_embeddings (`bool`, defaults to `False`): Whether `lm_head` shares the weight of `embed_tokens`.
@@ -53,13 +56,20 @@ class RMTConfig(PreTrainedConfig):
         num_lookback_segments (`int`, defaults to 1): Full segments before the current one that stay live; at least 0.
         num_memory_slots (`int`, defaults to 64): Slots of memory per layer and key/value head; 0 turns memory off,
             else a multiple of `num_slots_per_segment`.
-        num_slots_per_chunk (`int`, defaults to 1): Slots that a chunk is condensed to; at least 1, at most
+        num_lasting_slots (`int`, *optional*): Slots of the part of memory that keeps tokens by their learned score; the
+            others form the part that keeps what the present attends to. `None` makes one ring of all slots, whose
+            strength is the sum of both. Multiples of `num_slots_per_segment`.
+        num_observing_tokens (`int`, defaults to 16): Last tokens before a write, whose attention to the leaving segment
+            is the evidence of its tokens; 1 to `segment_length`.
+        num_slots_per_chunk (`int`, defaults to 1): Candidates for slots that a chunk gives; at least 1, at most
             `chunk_length`, and a divisor of it with `memory_write="mean"`.
-        memory_write (`str`, defaults to `"select"`): How a chunk becomes slots; `"select"` or `"mean"`.
-        fusion_type (`str`, defaults to `"gated"`): How the attention paths are added up; `"gated"` or `"softmax"`.
+        memory_write (`str`, defaults to `"select"`): How a chunk becomes candidates: `"select"` takes its strongest
+            tokens, `"mean"` averages.
+        fusion_type (`str`, defaults to `"gated"`): `"gated"` reads memory and window in one softmax and adds the local
+            path through a gate; `"softmax"` adds three softmaxes, weighted by three scalars.
         use_local_attention (`bool`, defaults to `True`): Whether the chunked local path exists.
         use_attention_sink (`bool`, defaults to `False`): Whether each key/value head has a key and value that stand
-            before every window that the beginning of its stream has left, as a converted model wants it.
+            before memory once the beginning of the stream has left the window, as a converted model wants it.
         use_qk_norm (`bool`, defaults to `True`): Whether queries and keys are normalised per head before the rotary
             encoding, as Qwen3 does.
         use_chunked_loss (`bool`, defaults to `False`): Whether the loss of the language model comes from pieces of the
@@ -73,6 +83,7 @@ class RMTConfig(PreTrainedConfig):
     """
 
     model_type = "rmt"
+    auto_map = {}
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states"], ["hidden_states"]),
@@ -90,6 +101,7 @@ class RMTConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     initializer_range: float | int = 0.02
+    max_position_embeddings: int = NO_LIMIT
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
@@ -103,6 +115,8 @@ class RMTConfig(PreTrainedConfig):
     segment_length: int = 256
     num_lookback_segments: int = 1
     num_memory_slots: int = 64
+    num_lasting_slots: int | None = None
+    num_observing_tokens: int = 16
     num_slots_per_chunk: int = 1
     memory_write: str = "select"
     fusion_type: str = "gated"
@@ -138,8 +152,23 @@ class RMTConfig(PreTrainedConfig):
 
     @property
     def num_slots_per_segment(self) -> int:
-        """Slots that one segment is condensed to."""
+        """Candidates that one segment offers to each part of memory."""
         return self.num_slots_per_chunk * (self.segment_length // self.chunk_length)
+
+    @property
+    def memory_parts(self) -> tuple[tuple[int, bool, bool], ...]:
+        """The rings of memory: number of slots, whether the score counts for them, and whether the evidence does."""
+        selects, lasting = self.memory_write == "select", self.num_lasting_slots
+        if lasting is None:
+            parts = [(self.num_memory_slots, selects, selects)]
+        else:
+            parts = [(lasting, True, False), (self.num_memory_slots - lasting, False, True)]
+        return tuple(part for part in parts if part[0])
+
+    @property
+    def prefix_length(self) -> int:
+        """Columns before the window: the slots, and the sink."""
+        return self.num_memory_slots + self.use_attention_sink
 
     @property
     def window_length(self) -> int:
@@ -157,18 +186,17 @@ class RMTConfig(PreTrainedConfig):
         names = {f"mlp.{name}_proj": "colwise" for name in ("gate", "up")} | {"mlp.down_proj": "rowwise"}
         names |= {f"self_attn.{name}_proj": "colwise" for name in "qkv"} | {"self_attn.o_proj": "rowwise"}
         norms = ["q_norm", "k_norm"] if self.use_qk_norm else []
-        if self.num_memory_slots:
-            memory = ("memory_q_proj", "memory.null_key", "memory.gate_weight", "memory.gate_bias")
-            names |= {f"self_attn.{name}": "colwise" for name in memory}
-            names |= {"self_attn.memory.score_proj": "colwise"} if self.memory_write != "mean" else {}
-            norms += ["memory_q_norm"] if self.use_qk_norm else []
         names |= {f"self_attn.{name}": "replicated_with_grad_allreduce" for name in norms}
+        for index, (_, uses_score, uses_evidence) in enumerate(self.memory_parts):
+            ring = ["gate_weight", "gate_scale", "gate_bias", "fade"]
+            ring += ["evidence_scale"] if uses_score and uses_evidence else []
+            names |= {f"self_attn.memory.rings.{index}.{name}": "colwise" for name in ring}
+            names |= {"self_attn.memory.score_proj": "colwise"} if uses_score else {}
         if self.use_attention_sink:
             names |= {f"self_attn.sink.{name}": "colwise" for name in ("key", "value")}
-        has_extra_paths = self.num_memory_slots > 0 or self.use_local_attention
-        if has_extra_paths and self.fusion_type == "softmax":
+        if self.fusion_type == "softmax" and (self.prefix_length or self.use_local_attention):
             names |= {"self_attn.fusion": "replicated_with_grad_allreduce"}
-        elif has_extra_paths:
+        elif self.fusion_type == "gated" and self.use_local_attention:
             names |= {"self_attn.fusion.gate": "colwise", "self_attn.fusion.scale": "colwise"}
         return {f"layers.*.{name}": style for name, style in names.items()}
 
@@ -177,6 +205,7 @@ class RMTConfig(PreTrainedConfig):
         at_least = {name: 1 for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
         at_least |= {name: 1 for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
         at_least |= {name: 1 for name in ("chunk_length", "segment_length", "num_slots_per_chunk")}
+        at_least |= {name: 1 for name in ("num_observing_tokens", "max_position_embeddings")}
         at_least |= {"num_lookback_segments": 0, "num_memory_slots": 0, "initializer_range": 0, "attention_dropout": 0}
         for name, minimum in at_least.items():
             value = getattr(self, name)
@@ -184,6 +213,11 @@ class RMTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be at least {minimum}, got {value}.")
         if self.rms_norm_eps <= 0:
             raise ValueError(f"rms_norm_eps must be above 0, got {self.rms_norm_eps}.")
+        if self.num_observing_tokens > self.segment_length:
+            raise ValueError(
+                f"num_observing_tokens must be at most segment_length ({self.segment_length}), got "
+                f"{self.num_observing_tokens}."
+            )
         if self.attention_dropout >= 1:
             raise ValueError(f"attention_dropout must be below 1, got {self.attention_dropout}.")
         if self.key_value_shape[1] % 2:
@@ -192,6 +226,12 @@ class RMTConfig(PreTrainedConfig):
         self._check_multiples()
 
     def _check_choices(self) -> None:
+        lasting = self.num_lasting_slots
+        if lasting is not None and (self.memory_write == "mean" or not 0 <= lasting <= self.num_memory_slots):
+            raise ValueError(
+                f"num_lasting_slots must be from 0 to num_memory_slots ({self.num_memory_slots}), and None with "
+                f'memory_write="mean", got {lasting}.'
+            )
         for name, choices in (("memory_write", MEMORY_WRITES), ("fusion_type", FUSION_TYPES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
@@ -230,6 +270,7 @@ class RMTConfig(PreTrainedConfig):
         if self.num_memory_slots:
             segment_rule = "num_slots_per_chunk * segment_length / chunk_length"
             rules.append(("num_memory_slots", self.num_memory_slots, segment_rule, self.num_slots_per_segment))
+            rules.append(("num_lasting_slots", self.num_lasting_slots or 0, segment_rule, self.num_slots_per_segment))
         if self.memory_write == "mean":
             rules.append(("chunk_length", self.chunk_length, "num_slots_per_chunk", self.num_slots_per_chunk))
         for name, value, divisor_name, divisor in rules:

@@ -9,9 +9,8 @@ import torch
 from transformers.generation import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache_rmt import RMTCache
+from .cache_rmt import RMTCache, check_cache_type
 from .configuration_rmt import RMTConfig
-from .inputs_rmt import check_cache_type
 
 
 class RMTGeneration:

@@ -1,171 +1,145 @@
-"""Where each token of a call belongs in its stream: pure arithmetic on positions, done once per call for all layers.
+"""Where each token of a call belongs in its stream: arithmetic on positions, done once per call for all layers.
 
-A call brings T columns for B rows. Rows may stand anywhere in their streams and have padded columns anywhere.
-The attention of every layer works on *aligned* columns, where padding is gone and one of three forms holds:
+A call brings T columns for B rows. Rows may stand anywhere in their streams, be padded anywhere, and begin new
+documents at segment starts. Each row is read in F *views*, its segments from the one it stands in. All views attend at
+once: a prompt, a training row, packed documents and a single token are the same arithmetic with other integers.
 
-- fresh: every row starts its stream in this call; aligned column i is stream position i.
-- step: no row leaves its segment within this call; aligned column i is the i-th new token of the row.
-- segments: anything else; aligned column 0 is the start of the segment the row stands in.
-
-Shapes: B rows, T columns of the call, L aligned columns, F segments of the call, S segment length, N lookback segments.
+Shapes: B rows, T columns of the call, F views, S segment length, N lookback segments, W writes, P columns of the
+prefix (slots and sink). The columns that a token may see are P of the prefix, then (N + 1) * S of the window.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch.nn import functional as F
 
 from .configuration_rmt import RMTConfig
 
 
-FRESH, STEP, SEGMENTS = "fresh", "step", "segments"
-PLANNED_STEPS = 16  # how many steps of one token are planned in one go
+class ViewGroup(NamedTuple):
+    """Views `first` to `end` - 1, whose last query sees the columns `start` to `stop` - 1 and no others."""
 
-
-def on_device(numbers: Sequence[int] | Sequence[bool], device: torch.device) -> torch.Tensor:
-    """One number per row as a tensor (B,). `torch.tensor` with a device would wait until a GPU has done all before."""
-    return torch.tensor(numbers).to(device, non_blocking=True)
-
-
-def are_equal(numbers: Sequence[int]) -> bool:
-    """Whether all are the same. One by one: of a set, a compiler would guard every number."""
-    return all(number == numbers[0] for number in numbers)
-
-
-@dataclass(frozen=True)
-class StepView:
-    """Where a step looks in the window of the state, whose columns are those of `LayerState`.
-
-    Args:
-        columns: Window columns of the new tokens, (L,) if all rows stand at the same place, else (B, L); int64.
-        global_span: First and last + 1 window column that global attention looks at.
-        global_mask: (B, 1, L, columns of the span) bool, one more column in front if a token of the call sees the sink;
-            None for plain causal attention that ends with the span.
-        local_span: The same for local attention.
-        local_mask: The same for local attention.
-    """
-
-    columns: torch.Tensor
-    global_span: tuple[int, int]
-    global_mask: torch.Tensor | None
-    local_span: tuple[int, int]
-    local_mask: torch.Tensor | None
-
-    def token(self, index: int, length: int) -> "StepView":
-        """The view of one token of `length`, all of one chunk if there are no masks."""
-        columns, place, later = self.columns, slice(index, index + 1), length - 1 - index
-        if columns.dim() == 1:
-            spans = ((start, end - later) for start, end in (self.global_span, self.local_span))
-            return StepView(columns[place], next(spans), None, next(spans), None)
-        masks = (cast(torch.Tensor, mask)[:, :, place] for mask in (self.global_mask, self.local_mask))
-        return StepView(columns[:, place], self.global_span, next(masks), self.local_span, next(masks))
+    first: int
+    end: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class CallLayout:
-    """The plan of one call. Built by `plan_call`; read by every layer, changed by none.
+    """The plan of one call, read by every layer.
 
     Args:
-        form: `"fresh"`, `"step"` or `"segments"`.
-        length: Number L of aligned columns.
-        num_columns: Number T of columns of the call.
-        starts: Stream position of each row before the call.
-        ends: Stream position of each row after the call.
-        position_ids: Stream positions of the aligned columns, (1 or B, L), int64.
-        reads_memory: Whether any token of the call can see a written slot.
-        take: Column of the call that each aligned column shows, (B, L), or None if they are the same.
-        put: Aligned column of each column of the call, (B, T), or None if they are the same.
-        is_real: Which columns of the call are no padding, (B, T) bool, or None if all are.
-        write_position_ids: Stream positions of the segments that this call may write from the state, (B, W * S), or
-            None; negative for segments before the stream began.
-        window_mask: Form segments only: (B * F, 1, S, (N + 1) * S) bool, one more column in front if a token sees the
-            sink; None if all of them see everything.
-        step: Form step only: where it looks.
-        rotations: Steps of one token that were planned ahead only: rotary encoding of a query and of a key, see
-            `rotation_matrices` of step_rmt.
-        origins: Aligned segment in which the document of each aligned segment began, negative before the call, (B, F)
-            int64; None if no document begins inside the call.
-        remembered: Which columns of the call are of the last document of their row, (B, T) bool; None if all are.
-        sink_position_ids: Stream position directly before the window of each segment, (B or 1, F) int64: form fresh
-            only those whose window the beginning has left, form step that of the step. None if there is no sink; in
-            most calls also if no token sees it, and else a mask says who does.
+        num_columns: T.
+        num_views: F. With one view, its queries are the T columns as they come; with several, each view has S.
+        num_writes: Number W of segments that leave the window of some row.
+        starts, ends: Stream position of each row before and after the call.
+        refreshes: Whether the prefix in the state must be made again from its memory before it is read.
+        lead: First columns of new streams that see nothing but the call: plain causal attention, as long as the window.
+        groups: The other views, where all rows stand at one position; empty if every row wants masks of its own.
+        offset: With several views: where in its segment every row stands, if all stand at one position.
+        places: Where each column lies in the views, 0 .. F * S - 1, (B or 1, T) int64; padding behind real tokens.
+        first_views: View in which the document of each view began, negative before the call, (B or 1, F) int64.
+        turns: Number of segment ends that each row passes, (B,) int64.
+        segments_after: Segment of its document in which each row stands after the call, (B,) int64.
+        observes: Whether some column may be among the last tokens before a write, whose queries are kept.
+        is_packed: Whether a document begins inside the call.
+        is_real: Which columns are no padding, (B, T) bool; None if all are.
+        remembered: Which columns are of the last document of their row, (B, T) bool; None if all are.
     """
 
-    form: str
-    length: int
     num_columns: int
+    num_views: int
+    num_writes: int
     starts: tuple[int, ...]
     ends: tuple[int, ...]
-    position_ids: torch.Tensor
-    reads_memory: bool
-    take: torch.Tensor | None
-    put: torch.Tensor | None
+    refreshes: bool
+    lead: int
+    groups: tuple[ViewGroup, ...]
+    offset: int | None
+    places: torch.Tensor
+    first_views: torch.Tensor
+    turns: torch.Tensor
+    segments_after: torch.Tensor
+    observes: bool
+    is_packed: bool
     is_real: torch.Tensor | None
-    write_position_ids: torch.Tensor | None = None
-    window_mask: torch.Tensor | None = None
-    step: StepView | None = None
-    rotations: tuple[torch.Tensor, torch.Tensor] | None = None
-    origins: torch.Tensor | None = None
-    remembered: torch.Tensor | None = None
-    sink_position_ids: torch.Tensor | None = None
+    remembered: torch.Tensor | None
 
-    def align(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, T, ...) in call columns to (B, L, ...) in aligned columns."""
-        if self.take is None:
-            return hidden_states
-        return hidden_states[torch.arange(len(self.starts), device=self.take.device)[:, None], self.take]
+    def spread(self, states: torch.Tensor, num_columns: int) -> torch.Tensor:
+        """(B, T, ...) in call columns to (B, num_columns, ...) in the columns of the views, zeros between."""
+        if self.num_views == 1:
+            return states
+        if self.offset is not None:
+            missing = num_columns - self.offset - states.shape[1]
+            padding = (*[0, 0] * (states.dim() - 2), self.offset, missing)
+            return F.pad(states, padding) if any(padding) else states
+        spread = states.new_zeros(states.shape[0], num_columns, *states.shape[2:])
+        return spread.index_put((self.rows, self.places), states)
 
-    def restore(self, aligned: torch.Tensor) -> torch.Tensor:
-        """(B, L, ...) in aligned columns to (B, T, ...) in call columns, zero where the call has padding."""
-        if self.put is None:
-            return aligned
-        restored = aligned[torch.arange(len(self.starts), device=self.put.device)[:, None], self.put]
-        if self.is_real is None:
-            return restored
-        return restored.masked_fill(~self.is_real.reshape(*self.is_real.shape, *[1] * (restored.dim() - 2)), 0)
+    def collect(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, columns, ...) in the columns of the views back to (B, T, ...) in call columns."""
+        if self.num_views == 1:
+            return states
+        if self.offset is not None:
+            return states[:, self.offset : self.offset + self.num_columns]
+        return states[self.rows, self.places]
 
-    def per_row(self, numbers: Sequence[int]) -> torch.Tensor:
-        """One integer per row as a tensor (B,), on the device of the call."""
-        return on_device(numbers, self.position_ids.device)
+    @property
+    def rows(self) -> torch.Tensor:
+        """(B, 1) int64: the row numbers, to index with `places`."""
+        return torch.arange(len(self.turns), device=self.turns.device)[:, None]
 
-    def begun(self, segment_length: int) -> torch.Tensor | None:
-        """Which of the segments that may be written lie in their streams, (B, W) bool; False before a stream began."""
-        return None if self.write_position_ids is None else self.write_position_ids[:, ::segment_length] >= 0
+    @property
+    def view_segments(self) -> torch.Tensor:
+        """Segment of its document that each view is, (B or 1, F) int64."""
+        return torch.arange(self.num_views, device=self.turns.device) - self.first_views
 
-    def turns(self, segment_length: int) -> list[int]:
-        """Number of segment ends that each row passes in the call."""
-        begins = [-(start // segment_length) for start in self.starts]
-        if self.origins is not None:
-            begins = self.origins[:, -1].tolist()
-        return [begin + end // segment_length for begin, end in zip(begins, self.ends, strict=True)]
+    def began(self, segments: torch.Tensor) -> torch.Tensor:
+        """View in which the document of each of these segments began, (B or 1, len(segments)); view 0 is segment 0."""
+        return self.first_views[:, segments.clamp(0, self.num_views - 1)]
 
-    def other_documents(self, segments: torch.Tensor, of: torch.Tensor) -> torch.Tensor | None:
-        """Whether what was written of one aligned segment is of an earlier document than another, (B, ...) bool.
+    def window_mask(self, config: RMTConfig) -> torch.Tensor:
+        """(B or 1, F, queries, P + (N + 1) * S) bool, True at the columns that each query sees."""
+        segment, lookback, device = config.segment_length, config.num_lookback_segments, self.turns.device
+        segments = self.view_segments  # (B or 1, F)
+        queries = self.places if self.num_views == 1 else torch.arange(segment, device=device)[None]
+        columns = torch.arange(config.window_length, device=device)
+        outside = ((lookback - segments) * segment)[..., None, None]  # columns of the window before the document
+        window = (columns <= lookback * segment + queries[:, None, :, None]) & (columns >= outside)
+        visible = visible_columns(config, (segments - lookback).clamp_min(0))[..., None, None]
+        prefix = torch.arange(config.prefix_length, device=device) >= config.prefix_length - visible
+        prefix = prefix.expand(*torch.broadcast_shapes(prefix.shape[:-1], window.shape[:-1]), -1)
+        return torch.cat([prefix, window.expand(*prefix.shape[:-1], -1)], -1)
 
-        Args:
-            segments: (B or 1, V, ...) the written ones.
-            of: (B or 1, V) the others; beyond the call, the last one counts.
+    def chunk_mask(self, config: RMTConfig) -> torch.Tensor:
+        """With one view: (B or 1, 1, T, S) bool, True at the tokens of its own chunk that each token sees."""
+        columns, places = torch.arange(config.segment_length, device=self.turns.device), self.places[:, None, :, None]
+        return (columns <= places) & (columns >= places // config.chunk_length * config.chunk_length)
 
-        Returns:
-            None if no document begins inside the call.
-        """
-        if self.origins is None:
-            return None
-        of = of.clamp(0, self.origins.shape[1] - 1).expand(len(self.origins), -1)
-        return segments < self.origins.gather(1, of).reshape(*of.shape, *[1] * (segments.dim() - 2))
 
-    def due_rows(self, segment_length: int) -> torch.Tensor | None:
-        """Form step only: the rows whose segment ends with this call, (B,) bool; None if there are none."""
-        due = [end > start and end % segment_length == 0 for start, end in zip(self.starts, self.ends, strict=True)]
-        return self.per_row(due) if self.form == STEP and any(due) else None
+def visible_columns(config: RMTConfig, num_written: torch.Tensor) -> torch.Tensor:
+    """Columns of the prefix that are seen when so many segments have been written, int64 of the same shape."""
+    slots = [(num_written * config.num_slots_per_segment).clamp_max(size) for size, *_ in config.memory_parts]
+    return torch.stack([(num_written > 0) * int(config.use_attention_sink), *slots]).sum(0)
+
+
+def on_device(numbers: tuple[int, ...] | list[int], device: torch.device) -> torch.Tensor:
+    """One number per row as a tensor (B,). `torch.tensor` with a device would wait until a GPU has done all before."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
 
 
 def plan_call(
-    config: RMTConfig, starts: list[int], is_real: torch.Tensor | None, num_columns: int, device: torch.device
+    config: RMTConfig,
+    starts: list[int],
+    is_real: torch.Tensor | None,
+    num_columns: int,
+    device: torch.device,
+    restarts: torch.Tensor | None = None,
+    refreshes: bool = False,
 ) -> CallLayout:
-    """Chooses the form of a call and maps its columns.
+    """Maps the columns of a call.
 
     Args:
         config: `RMTConfig` of the model.
@@ -173,183 +147,218 @@ def plan_call(
         is_real: (B, T) bool, False at padding; None if there is no padding.
         num_columns: T.
         device: Where the index tensors go.
-
-    Returns:
-        The layout that all layers share.
+        restarts: (B, T) bool, True where a document begins inside the call; None if none does.
+        refreshes: Whether the prefix in the state is out of date.
     """
     segment = config.segment_length
-    counts = [num_columns] * len(starts) if is_real is None else is_real.sum(1).tolist()
-    ends = [start + count for start, count in zip(starts, counts, strict=True)]
     offsets = [start % segment for start in starts]
-    length = max(1, *counts)
-    if not any(starts):
-        form, shift, bases = FRESH, [0] * len(starts), [0]
-    elif max(offsets) + length <= segment:
-        form, shift, bases = STEP, [0] * len(starts), starts[:1] if are_equal(starts) else starts
+    num_views = -(-(max(offsets) + num_columns) // segment)
+    is_uniform = is_real is None and restarts is None and all(start == starts[0] for start in starts)
+    remembered = None
+    if is_uniform:
+        ends = [start + num_columns for start in starts]
+        places = offsets[0] + torch.arange(num_columns, device=device)[None]
+        first_views = torch.full((1, num_views), -(starts[0] // segment), device=device)
     else:
-        form, shift = SEGMENTS, offsets
-        bases = [start - offset for start, offset in zip(starts, offsets, strict=True)]
-        length = max(-(-(end - base) // segment) for end, base in zip(ends, bases, strict=True)) * segment
-    position_ids = on_device(bases, device)[:, None] + torch.arange(length, device=device)
-    take = put = None
-    if is_real is not None or length != num_columns:
-        shifts = on_device(shift, device)[:, None]
-        mask = torch.ones(len(starts), num_columns, dtype=torch.bool, device=device) if is_real is None else is_real
-        order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)  # real columns first, in their order
-        take = order.gather(1, (torch.arange(length, device=device) - shifts).clamp(0, num_columns - 1))
-        put = (mask.cumsum(1) - 1 + shifts).clamp(0, length - 1)
-    reaches_beyond = max(*ends, 1) - 1 >= config.window_length  # a window does not hold its stream's beginning
-    sees_sink = config.use_attention_sink and reaches_beyond
-    extras: dict = {}
-    if form == STEP:
-        extras["step"] = _view_step(config, starts, counts, length, sees_sink, device)
-    elif form == SEGMENTS:
-        extras["window_mask"] = _mask_windows(config, bases, length, sees_sink, device)
-    if sees_sink:
-        firsts = position_ids[:, config.window_length if form == FRESH else 0 :: segment]
-        extras["sink_position_ids"] = sink_positions(config, firsts)
-    turns = any(end // segment > start // segment for start, end in zip(starts, ends, strict=True))
-    if form != FRESH and turns:
-        first = position_ids[:, :1] // segment * segment - config.num_lookback_segments * segment
-        extras["write_position_ids"] = first + torch.arange(
-            max(length, segment) if form == SEGMENTS else segment, device=device
+        ends, places, first_views, remembered = _place_columns(
+            starts, offsets, is_real, restarts, segment, (len(starts), num_columns), num_views, device
         )
-    reads = config.num_memory_slots > 0 and reaches_beyond
-    clock = (tuple(starts), tuple(ends), position_ids)
-    return CallLayout(form, length, num_columns, *clock, reads, take, put, is_real, **extras)
+    num_writes = max(end // segment - start // segment for start, end in zip(starts, ends, strict=True))
+    lead, groups = _group_views(config, starts[0], num_columns, num_views) if is_uniform else (0, ())
+    segments_after = on_device([end // segment for end in ends], device)
+    first_observed = segment - config.num_observing_tokens
+    return CallLayout(
+        num_columns=num_columns,
+        num_views=num_views,
+        num_writes=num_writes if restarts is None else num_views,
+        starts=tuple(starts),
+        ends=tuple(ends),
+        refreshes=refreshes,
+        lead=lead,
+        groups=groups,
+        offset=offsets[0] if is_uniform and num_views > 1 else None,
+        places=places,
+        first_views=first_views,
+        turns=first_views[:, -1] + segments_after,
+        segments_after=segments_after,
+        observes=num_views > 1 or max(offsets) + num_columns > first_observed,
+        is_packed=restarts is not None,
+        is_real=is_real,
+        remembered=remembered if restarts is not None else None,
+    )
 
 
-def plan_steps(config: RMTConfig, starts: list[int], device: torch.device) -> list[CallLayout]:
-    """The calls of one token per row that come next, planned in one go: what `plan_call` gives for each.
+def _place_columns(
+    starts: list[int],
+    offsets: list[int],
+    is_real: torch.Tensor | None,
+    restarts: torch.Tensor | None,
+    segment: int,
+    shape: tuple[int, int],
+    num_views: int,
+    device: torch.device,
+) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ends`, `places`, `first_views` and `remembered` of rows that are padded, packed, or at different positions."""
+    columns = torch.arange(shape[1], device=device)
+    real = torch.ones(shape, dtype=torch.bool, device=device) if is_real is None else is_real
+    begins = torch.zeros_like(real) if restarts is None else restarts
+    document = begins.cumsum(1)  # (B, T): how many documents have begun in the call
+    first_column = torch.where(begins, columns, 0).cummax(1).values  # (B, T): of the document of each column
+    num_real = torch.zeros(shape[0], shape[1] + 1, dtype=torch.int64, device=device)
+    num_real = num_real.scatter_add(1, document, real.long()).gather(1, document)  # of the document of each column
+    before = real.cumsum(1) - real.long()  # real columns before each
+    before = before - before.gather(1, first_column)
+    rank = torch.where(real, before, num_real + columns - first_column - before)
+    places = on_device(offsets, device)[:, None] + first_column + rank
+    first_views = on_device([-(start // segment) for start in starts], device)[:, None].repeat(1, num_views)
+    where = begins.nonzero(as_tuple=True)
+    first_views[where[0], places[where] // segment] = places[where] // segment
+    remembered = document == document[:, -1:]
+    counts = (real & remembered).sum(1).tolist()
+    is_first = (document[:, -1] == 0).tolist()
+    ends = [count + start * first for count, start, first in zip(counts, starts, is_first, strict=True)]
+    return ends, places, first_views.cummax(1).values, remembered
 
-    A plan depends on the positions alone. It is one for a step of several tokens, cut into columns.
+
+def _group_views(config: RMTConfig, start: int, num_columns: int, num_views: int) -> tuple[int, tuple[ViewGroup, ...]]:
+    """`lead` and `groups` of rows that all stand at one position."""
+    segment, lookback, prefix = config.segment_length, config.num_lookback_segments, config.prefix_length
+    lead = 0
+    # With weights to be recorded, all views of a call must have the same columns.
+    if start == 0 and (num_columns <= config.window_length or config._attn_implementation != "eager"):
+        lead = min(num_columns, config.window_length)
+    end = (start % segment + num_columns) if num_views == 1 else segment
+    groups: list[ViewGroup] = []
+    for view in range(-(-lead // segment), num_views):
+        written = start // segment + view - lookback
+        if written <= 0:
+            first = prefix - written * segment
+        else:
+            slots = (min(size, written * config.num_slots_per_segment) for size, *_ in config.memory_parts)
+            first = prefix - sum(slots) - config.use_attention_sink
+        if groups and groups[-1].start == first:
+            groups[-1] = groups[-1]._replace(end=view + 1)
+        else:
+            groups.append(ViewGroup(view, view + 1, first, prefix + lookback * segment + end))
+    return lead, tuple(groups)
+
+
+def find_restarts(
+    position_ids: torch.Tensor | None,
+    starts: list[int],
+    is_real: torch.Tensor | None,
+    num_columns: int,
+    segment_length: int,
+) -> torch.Tensor | None:
+    """Checks stream positions against the state and finds the documents that begin inside the rows.
 
     Args:
-        config: `RMTConfig` of the model.
-        starts: Stream position of each row before the first of them; not all 0.
-        device: Where the index tensors go.
+        position_ids: (B or 1, T), or None to let the state count. What they say of padding means nothing.
+        starts: Stream position of each row before the call.
+        is_real: (B, T) bool, or None if no column is padding.
+        num_columns: T.
+        segment_length: S.
 
     Returns:
-        The layouts, up to PLANNED_STEPS: no row leaves its segment, and rows at one place do not leave their chunk.
+        (B, T) bool, True at the first column of each such document; None if there is none.
+
+    Raises:
+        ValueError: If they contradict the state, or a document begins elsewhere than at a segment start.
     """
-    unit = config.chunk_length if are_equal(starts) else config.segment_length
-    length = min(PLANNED_STEPS, unit - max(start % unit for start in starts))
-    whole = plan_call(config, starts, None, length, device)
-    # A compiled step is compiled anew for other strides, and `contiguous` keeps those of an axis of one element.
-    position_ids = whole.position_ids.t()[..., None].clone(memory_format=torch.contiguous_format)  # (L, 1 or B, 1)
-    layouts = []
-    for index in range(length):
-        is_last = index == length - 1
-        layout = replace(
-            whole,
-            length=1,
-            num_columns=1,
-            starts=tuple(start + index for start in starts),
-            ends=tuple(start + index + 1 for start in starts),
-            position_ids=position_ids[index],
-            write_position_ids=whole.write_position_ids if is_last else None,
-            step=cast(StepView, whole.step).token(index, length),
-        )
-        layouts.append(layout)
-    return layouts
-
-
-def sink_positions(config: RMTConfig, positions: torch.Tensor) -> torch.Tensor:
-    """Stream positions directly before the windows of tokens at `positions`, which change with the segment."""
-    segment = config.segment_length
-    return positions // segment * segment - config.num_lookback_segments * segment - 1
-
-
-def add_sink_column(mask: torch.Tensor, sees_sink: torch.Tensor) -> torch.Tensor:
-    """(windows, 1, queries, 1 + columns) bool of a mask without the first column, and who sees the sink, (windows,)."""
-    return torch.cat([sees_sink[:, None, None, None].expand(-1, 1, mask.shape[2], 1), mask], -1)
-
-
-def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
-    """(1, 1, queries, keys) bool: the last query sees all keys, each earlier one sees one key less."""
-    keys = torch.arange(num_keys, device=device)
-    return (keys <= torch.arange(num_queries, device=device)[:, None] + num_keys - num_queries)[None, None]
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # whoever asks first: what inference mode makes cannot be used in training
-def kept_causal_mask(
-    num_queries: int, num_keys: int, device: torch.device, dtype: torch.dtype | None = None
-) -> torch.Tensor:
-    """`causal_mask`, made once for all layers and calls; with a dtype as numbers to add to scores, 0 and -inf.
-
-    For plain calls alone, see `is_plain`: what only stands for a mask must not be kept.
-    """
-    mask = causal_mask(num_queries, num_keys, device)
-    return mask if dtype is None else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
-
-
-def _view_step(
-    config: RMTConfig, starts: list[int], counts: list[int], length: int, sees_sink: bool, device: torch.device
-) -> StepView:
-    """Spans and masks of a step, for rows at any places of their segments."""
-    segment, chunk, lookback = config.segment_length, config.chunk_length, config.num_lookback_segments
-    current = (lookback + 1) * segment  # window column where the current segment starts
-    offsets = [start % segment for start in starts]
-    firsts = [segment * (1 + max(0, lookback - start // segment)) for start in starts]
-    end = current + max(offsets) + length
-    is_uniform = are_equal(starts) and set(counts) == {length}
-    columns = current + on_device(offsets, device)[:, None] + torch.arange(length, device=device)  # (B, L)
-    global_span, global_mask = (min(firsts), end), None
-    local_span, local_mask = (current + min(offsets) // chunk * chunk, end), None
-    queries = columns[:, None, :, None]
-    if not is_uniform:
-        keys = torch.arange(*global_span, device=device)
-        global_mask = (keys <= queries) & (keys >= on_device(firsts, device)[:, None, None, None])
-        if sees_sink:
-            beyond = [start // segment > lookback for start in starts]
-            global_mask = add_sink_column(global_mask, on_device(beyond, device))
-    if not is_uniform or offsets[0] // chunk != (offsets[0] + length - 1) // chunk:
-        keys = torch.arange(*local_span, device=device)
-        local_mask = (keys <= queries) & (keys >= queries // chunk * chunk)
-    return StepView(columns[0] if is_uniform else columns, global_span, global_mask, local_span, local_mask)
-
-
-def fixed_step(config: RMTConfig, position_ids: torch.Tensor) -> CallLayout:
-    """A step of one token per row whose shapes, and whose Python numbers, are the same at any position.
-
-    It looks at more columns than the step of `plan_call`, and masks them: compiled once, it serves the whole stream.
-
-    Args:
-        config: `RMTConfig` of the model.
-        position_ids: Stream positions of the tokens, (1 or B, 1), int64.
-    """
-    segment, chunk, lookback = config.segment_length, config.chunk_length, config.num_lookback_segments
-    current, end = (lookback + 1) * segment, (lookback + 2) * segment
-    columns = current + position_ids % segment  # (B, 1)
-    queries, keys = columns[:, None, :, None], torch.arange(segment, end, device=position_ids.device)
-    firsts = current - (position_ids // segment).clamp_max(lookback)[:, None, :, None] * segment
-    local_keys = keys[-segment:]
-    global_mask, sink_position_ids = (keys <= queries) & (keys >= firsts), None
-    if config.use_attention_sink:
-        global_mask = add_sink_column(global_mask, position_ids[:, 0] >= config.window_length)
-        sink_position_ids = sink_positions(config, position_ids)
-    step = StepView(
-        columns if len(columns) > 1 else columns[0],
-        (segment, end),
-        global_mask,
-        (current, end),
-        (local_keys <= queries) & (local_keys >= queries // chunk * chunk),
-    )
-    reads = config.num_memory_slots > 0
-    return CallLayout(
-        *(STEP, 1, 1, (), (), position_ids, reads, None, None, None), step=step, sink_position_ids=sink_position_ids
-    )
-
-
-def _mask_windows(
-    config: RMTConfig, bases: list[int], length: int, sees_sink: bool, device: torch.device
-) -> torch.Tensor | None:
-    """Hides what lies before the beginning of a stream, and the sink as long as that is seen, from first segments."""
-    segment, lookback = config.segment_length, config.num_lookback_segments
-    if min(bases) >= (lookback + sees_sink) * segment:
+    if position_ids is None:
         return None
-    firsts = on_device(bases, device)[:, None] + torch.arange(0, length, segment, device=device)  # (B, F)
-    keys = firsts.flatten()[:, None] + torch.arange(-lookback * segment, segment, device=device)  # (B * F, (N + 1) * S)
-    mask = causal_mask(segment, config.window_length, device) & (keys >= 0)[:, None, None]
-    return add_sink_column(mask, firsts.flatten() >= config.window_length) if sees_sink else mask
+    shapes = {(1, num_columns), (len(starts), num_columns)}
+    if tuple(position_ids.shape) not in shapes:
+        raise ValueError(
+            f"position_ids must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}, got "
+            f"{tuple(position_ids.shape)}: leave position_ids out, the state counts real tokens itself."
+        )
+    given = position_ids.expand(len(starts), -1)
+    real = torch.ones_like(given, dtype=torch.bool) if is_real is None else is_real
+    begun, columns = on_device(starts, given.device)[:, None], torch.arange(num_columns, device=given.device)
+    rank = real.cumsum(1) - 1
+    restarts = real & (given == 0) & (rank > 0)
+    last = torch.where(restarts, columns, -1).cummax(1).values
+    expected = torch.where(last < 0, begun + rank, rank - rank.gather(1, last.clamp_min(0)))
+    if (wrong := real & (given != expected)).any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids contradict the state: row {row}, column {column} is at {expected[row, column]} of its "
+            f"stream, got {given[row, column]}. Leave position_ids out: the state counts real tokens itself. "
+            "(`generate` makes them from attention_mask: give it one, or every padding id counts as padding.) "
+            "Documents packed into one row begin at 0, each at a segment start; a new document at the beginning of the "
+            "call wants `past_key_values.reset(rows=...)`, or its own row."
+        )
+    if (wrong := restarts & ((begun + columns) % segment_length != 0)).any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids must begin a document at a segment start, got 0 at column {column} of row {row}, which is "
+            f"{(starts[row] + column) % segment_length} columns into a segment of {segment_length}: pad the document "
+            "before it to whole segments (rmt_hf.data.pack does), or give each document its own row."
+        )
+    return restarts if restarts.any() else None
+
+
+def check_axes(name: str, given: torch.Tensor, axes: tuple[str, ...]) -> None:
+    """Refuses inputs with other axes than these, or with nothing in them."""
+    if given.dim() != len(axes) or 0 in given.shape:
+        raise ValueError(
+            f"{name} must have {len(axes)} axes, ({', '.join(axes)}), none of them empty; got shape "
+            f"{tuple(given.shape)}. (`generate` with past_key_values wants all columns since the state began, not only "
+            "the new ones.)"
+        )
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Refuses token ids that have no embedding."""
+    check_axes("input_ids", input_ids, ("batch", "columns"))
+    if input_ids.is_meta:
+        return
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if lowest < 0 or highest >= vocab_size:
+        raise ValueError(
+            f"input_ids must lie in 0 .. {vocab_size - 1}, got {lowest} .. {highest}: is it the model's own tokenizer? "
+            "If tokens were added, call model.resize_token_embeddings(len(tokenizer))."
+        )
+
+
+def embed(
+    embed_tokens: Any, hidden_size: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+) -> torch.Tensor:
+    """Embeddings of checked inputs, (B, T, E); ValueError if they are not what they should be."""
+    if (input_ids is None) == (inputs_embeds is None):
+        got = "neither" if input_ids is None else "both"
+        raise ValueError(f"Exactly one of input_ids and inputs_embeds is wanted, got {got}: give one of them.")
+    if inputs_embeds is not None:
+        check_axes("inputs_embeds", inputs_embeds, ("batch", "columns", "hidden_size"))
+        if inputs_embeds.shape[2] != hidden_size:
+            raise ValueError(f"inputs_embeds must be hidden_size ({hidden_size}) wide, got {inputs_embeds.shape[2]}.")
+        return inputs_embeds
+    ids = cast(torch.Tensor, input_ids)
+    check_axes("input_ids", ids, ("batch", "columns"))
+    # A CPU refuses such ids itself. Elsewhere looking at them means waiting, which decoding should not do.
+    if ids.device.type != "cpu" and ids.shape[1] > 1:
+        check_ids(ids, embed_tokens.num_embeddings)
+    try:
+        return embed_tokens(ids)
+    except IndexError:
+        check_ids(ids, embed_tokens.num_embeddings)
+        raise
+
+
+def clear_padding(inputs_embeds: torch.Tensor, is_real: torch.Tensor | None, check: bool) -> torch.Tensor:
+    """Embeddings (B, T, E) with zeros at padding, which need not even be finite; the rest must be, if `check`."""
+    if is_real is not None:
+        inputs_embeds = inputs_embeds.masked_fill(~is_real[..., None], 0)
+    if check and not inputs_embeds.is_meta and not inputs_embeds.isfinite().all():
+        raise ValueError("inputs_embeds must be finite, got NaN or infinity: check what produced them.")
+    return inputs_embeds
+
+
+def check_labels(labels: torch.Tensor | None, inputs: torch.Tensor | None) -> None:
+    """Refuses labels of another shape before the call changes the state, and not after it."""
+    if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"labels must have the shape of the input, {tuple(inputs.shape[:2])}, got {tuple(labels.shape)}: give one "
+            "label for each column of the call, not shifted, -100 where none is wanted."
+        )

@@ -1,76 +1,88 @@
-"""The memory of one layer: what a slot is, how a segment becomes slots, how slots enter the ring.
+"""The memory of one layer: what a slot is, how a segment offers tokens to it, how a ring of slots takes them.
 
-Shapes: B rows, L tokens, W segments to be written, V versions of memory, C chunk length, r slots per chunk,
-K slots per segment, M slots, G key/value heads, D head width, E hidden size.
+Shapes: B rows, W leaving segments, S segment length, C chunk length, r candidates of a chunk, K candidates of a
+segment, M slots, G key/value heads, H query heads, D head width, E hidden size, L observing tokens.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from .configuration_rmt import RMTConfig
 
 
 GATE_STRETCH = 0.1  # how far the sigmoid of the gate reaches beyond 0 and 1 before it is clamped
+VALUE_SHIFT = 4.0  # of the score that scales a value: sigmoid(4) = 0.98, so that a score of 0 changes little
+LEAST = -1e4  # strength of a token that fills an empty slot, and gives way to any other
 
 
 class Slots(NamedTuple):
-    """Memory slots, oldest first along the slot axis. A slot that was never written has strength -inf.
-
-    The tensors in a state are never changed in place: put other slots there. Steps keep what they made of these.
+    """Memory slots, part after part, the oldest group of a ring first.
 
     Args:
         keys: (..., M, G, D), without rotary encoding, dtype of the model.
         values: (..., M, G, D), dtype of the model.
-        strengths: (..., M, G), added to the attention score when the slot is read; float32 or wider.
+        strengths: (..., M, G), float32 or wider; -inf in a slot that was never written.
+        positions: (..., M, G) int64, the stream position of the token; -1 in a slot that was never written.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     strengths: torch.Tensor
+    positions: torch.Tensor
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Slots":
         """The slots with `function` applied to each tensor."""
-        keys, values, strengths = map(function, self)
-        return Slots(keys, values, strengths)
+        return Slots(*map(function, self))
+
+    def take(self, indices: torch.Tensor, axis: int) -> "Slots":
+        """The slots at `indices` (..., K, G) along the slot axis."""
+        wide = indices[..., None]
+        states = (tensor.take_along_dim(wide, axis) for tensor in self[:2])
+        return Slots(*states, *(tensor.take_along_dim(indices, axis) for tensor in self[2:]))
+
+    def forget(self, hidden: torch.Tensor) -> "Slots":
+        """The slots, those where `hidden`, (..., M) bool, is True as if they had never been written."""
+        keys, values = (states.masked_fill(hidden[..., None, None], 0) for states in self[:2])
+        strengths = self.strengths.masked_fill(hidden[..., None], -torch.inf)
+        return Slots(keys, values, strengths, self.positions.masked_fill(hidden[..., None], -1))
 
     def replace_rows(self, rows: torch.Tensor, new: "Slots") -> "Slots":
         """The slots, with those of `new` in the rows where `rows`, (B,) bool, is True."""
-        keys, values, strengths = (where_rows(rows, *pair) for pair in zip(new, self, strict=True))
-        return Slots(keys, values, strengths)
+        return Slots(*(where_rows(rows, *pair) for pair in zip(new, self, strict=True)))
+
+    @staticmethod
+    def empty(like: torch.Tensor, num_slots: int) -> "Slots":
+        """Slots (B, M, G, D) of streams that wrote nothing; rows, heads, dtype and device of `like` (B, T, G, D)."""
+        keys = like.new_zeros(like.shape[0], num_slots, *like.shape[2:])
+        strengths = torch.full_like(at_least_float32(keys[..., 0]), -torch.inf)
+        return Slots(keys, keys.clone(), strengths, torch.full_like(strengths, -1, dtype=torch.int64))
 
 
-class ReadableMemory(NamedTuple):
-    """Memory as a step reads it, the null slot first: derived from `Slots` once for all steps until the next write.
+class Segments(NamedTuple):
+    """Segments that leave the window.
 
     Args:
-        keys: (B * G, 1 + M, D), float32 or wider. The null key is laid in by every step: a parameter may change.
-        values: (B * G, 1 + M, D).
-        strengths: (B * G, 1, 1 + M), float32 or wider.
+        keys: (B, W, S, G, D), without rotary encoding.
+        values: (B, W, S, G, D).
+        scores: (B, W, S, G) as `RMTMemory.scores` gives them.
+        evidence: (B, W, S, G) as `attention_evidence` gives it; None where no part asks for it.
+        positions: (B or 1, W, S) int64, stream positions.
+        is_there: (B or 1, W) bool, False for what is before the beginning of a document.
+        begins: (B or 1, W) int64: how many segments of its document are before each.
+        is_packed: Whether a document begins inside the call, so that slots may be of another.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    strengths: torch.Tensor
-
-    @staticmethod
-    def of(slots: Slots, dtype: torch.dtype) -> "ReadableMemory":
-        """Copies of slots (B, M, G, D) for a call that computes in `dtype`."""
-        keys, values, strengths = (tensor.detach().transpose(1, 2).flatten(0, 1) for tensor in slots)
-        wide = torch.promote_types(dtype, torch.float32)
-        keys, values = (F.pad(tensor, (0, 0, 1, 0)) for tensor in (keys.to(wide), values.to(dtype)))
-        return ReadableMemory(keys, values, F.pad(strengths.to(wide), (1, 0))[:, None])
-
-
-def forget_slots(slots: Slots, hidden: torch.Tensor | None) -> Slots:
-    """Slots (..., M, G, D), those where `hidden`, (..., M) bool, is True as if they had never been written."""
-    if hidden is None:
-        return slots
-    keys, values = (states.masked_fill(hidden[..., None, None], 0) for states in slots[:2])
-    return Slots(keys, values, slots.strengths.masked_fill(hidden[..., None], -torch.inf))
+    scores: torch.Tensor
+    evidence: torch.Tensor | None
+    positions: torch.Tensor
+    is_there: torch.Tensor
+    begins: torch.Tensor
+    is_packed: bool
 
 
 def where_rows(rows: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -83,36 +95,31 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is what it seems in an ordinary call: nothing is being compiled or transformed (`torch.func`).
-
-    Only then may what is computed hang on more than the mathematics: own backward passes, what is kept between calls.
-    """
-    is_transformed = torch._C._are_functorch_transforms_active()
-    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and not is_transformed
-
-
 def own_heads(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter (heads, ...), or where tensor parallelism has dealt it out, the heads of this process.
+    """A parameter (heads, ...), or where tensor parallelism shards it, the heads of this process."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[operator]
 
-    Whatever else a parameter is divided for is undone: the turn after a compiled step runs outside of the layer that
-    would gather it.
+
+def zero_of(module: nn.Module) -> torch.Tensor:
+    """Zero, with a gradient of zero for the parameters of a module itself: every call has all parameters in its graph."""
+    return torch.stack([own_heads(parameter).sum() * 0 for parameter in module.parameters(recurse=False)]).sum()
+
+
+@torch.no_grad()
+def attention_evidence(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+    """How much the last tokens before a write attend to each token of the leaving segment.
+
+    Args:
+        queries: (B, W, H, L, D), with rotary encoding.
+        keys: (B, W, G, S, D), with rotary encoding.
+        scaling: Of the scores of attention.
+
+    Returns:
+        (B, W, S, G), float32 or wider: log of the softmax over the segment alone, averaged over tokens and query heads.
     """
-    if not hasattr(parameter, "device_mesh"):  # no DTensor, which not every build of torch has
-        return parameter
-    from torch.distributed.tensor import Replicate
-
-    dealt: Any = parameter
-    mesh = dealt.device_mesh
-    names = mesh.mesh_dim_names or [""] * mesh.ndim
-    wanted = [old if name == "tp" else Replicate() for name, old in zip(names, dealt.placements, strict=True)]
-    return dealt.redistribute(placements=wanted).to_local()
-
-
-def empty_slots(like: torch.Tensor, num_slots: int) -> Slots:
-    """Memory (B, M, G, D) of streams that wrote nothing; rows, heads, dtype and device of `like` (B, L, G, D)."""
-    keys = like.new_zeros(like.shape[0], num_slots, *like.shape[2:])
-    return Slots(keys, keys.clone(), torch.full_like(at_least_float32(keys[..., 0]), -torch.inf))
+    asking = queries.unflatten(2, (keys.shape[2], -1)).flatten(3, 4)  # (B, W, G, H / G * L, D)
+    scores = at_least_float32(asking @ keys.transpose(3, 4)) * scaling
+    return (scores.softmax(-1).mean(3) + 1e-8).log().transpose(2, 3)
 
 
 def stretched_sigmoid(logits: torch.Tensor) -> torch.Tensor:
@@ -120,187 +127,197 @@ def stretched_sigmoid(logits: torch.Tensor) -> torch.Tensor:
     return ((1 + 2 * GATE_STRETCH) * torch.sigmoid(logits) - GATE_STRETCH).clamp(0, 1)
 
 
-class RMTMemory(nn.Module):
-    """Condenses segments to slots and writes them, gated and first in first out.
+class RMTRing(nn.Module):
+    """One part of memory: groups of K slots, of which the oldest meets the candidates of the next segment.
 
-    Source: section 3.3 of arXiv 2507.00453 ("gated FIFO memory"). Departs from the paper: slots are keys and values of
-    the layer's own attention heads, so that reading them needs no projection, and a learned null slot lets a query find
-    nothing.
+    Source: section 3.3 of arXiv 2507.00453 ("gated FIFO memory"). Departs from the paper: the gate compares strengths,
+    and the strongest candidate meets the weakest slot.
     """
+
+    def __init__(self, config: RMTConfig, num_slots: int, uses_score: bool, uses_evidence: bool) -> None:
+        super().__init__()
+        self.num_slots, self.uses_score, self.uses_evidence = num_slots, uses_score, uses_evidence
+        self.chunk_length, self.slots_per_chunk = config.chunk_length, config.num_slots_per_chunk
+        self.use_attention_sink = config.use_attention_sink
+        self.num_groups = num_slots // config.num_slots_per_segment
+        heads, width = config.key_value_shape
+        self.gate_weight = nn.Parameter(torch.empty(heads, 4 * width))
+        self.gate_scale = nn.Parameter(torch.empty(heads))
+        self.gate_bias = nn.Parameter(torch.empty(heads))
+        self.fade = nn.Parameter(torch.empty(heads))
+        if uses_score and uses_evidence:
+            self.evidence_scale = nn.Parameter(torch.empty(heads))
+
+    def forward(
+        self, memory: Slots, segments: Segments | None, taken: torch.Tensor | None = None
+    ) -> tuple[Slots, torch.Tensor | None, torch.Tensor]:
+        """Writes W segments, one after the other where they meet the same group.
+
+        Args:
+            memory: (B, slots of this part, G, D).
+            segments: What leaves; None if nothing does.
+            taken: Tokens that the part before has just taken, (B, W, S, G) bool.
+
+        Returns:
+            The ring as groups before and after each round, (B, (rounds + 1) * groups, K, G, D); which tokens it has
+            taken, (B, W, S, G) bool; and a zero with a gradient.
+        """
+        rounds, anchor = [memory.map(lambda tensor: tensor.unflatten(1, (self.num_groups, -1)))], zero_of(self)
+        if segments is None:
+            return rounds[0], None, anchor
+        candidates, indices = self.candidates(segments, taken)
+        candidates = candidates.forget(~segments.is_there[..., None].expand(candidates.strengths.shape[:3]))
+        gates = []
+        for start in range(0, candidates.strengths.shape[1], self.num_groups):
+            new = candidates.map(lambda tensor, start=start: tensor[:, start : start + self.num_groups])
+            ring, count = rounds[-1], new.strengths.shape[1]
+            old, rest = ring.map(lambda tensor: tensor[:, :count]), ring.map(lambda tensor: tensor[:, count:])
+            if segments.is_packed:  # what was written to a group before the document began is not its own
+                other = segments.begins[:, start : start + count] < self.num_groups
+                old = old.forget(other[..., None].expand(old.strengths.shape[:3]))
+            written, gate = self.meet(old, new)
+            gates.append(gate)
+            rounds.append(Slots(*(torch.cat(pair, 1) for pair in zip(written, rest, strict=True))))
+        stages = Slots(*(torch.cat(parts, 1) for parts in zip(*rounds, strict=True)))
+        if indices is None:
+            return stages, None, anchor
+        taken = segments.keys.new_zeros(segments.keys.shape[:4], dtype=torch.bool)
+        taken = taken.scatter(2, indices, torch.cat(gates, 1) > 0.5)
+        return stages, taken, anchor
+
+    def strengths(self, segments: Segments) -> torch.Tensor | None:
+        """What decides which tokens of leaving segments are kept, (B, W, S, G); None for averages."""
+        if self.uses_score and self.uses_evidence:
+            return segments.scores + at_least_float32(own_heads(self.evidence_scale)) * segments.evidence
+        return segments.scores if self.uses_score else segments.evidence
+
+    def candidates(self, segments: Segments, taken: torch.Tensor | None) -> tuple[Slots, torch.Tensor | None]:
+        """What segments offer, (B, W, K, G, D), strongest first, and which of their tokens that is, (B, W, K, G)."""
+        strengths = self.strengths(segments)
+        if strengths is None:
+            return self.averages(segments), None
+        positions = segments.positions[..., None].expand(strengths.shape)
+        if self.use_attention_sink:  # which stands for the first token of a stream
+            strengths = strengths.masked_fill(positions == 0, LEAST)
+        chunks = strengths.unflatten(2, (-1, self.chunk_length))
+        best = chunks.sort(dim=3, descending=True, stable=True).indices[:, :, :, : self.slots_per_chunk]
+        starts = torch.arange(0, strengths.shape[2], self.chunk_length, device=strengths.device)
+        indices = (best + starts[:, None, None]).flatten(2, 3)
+        if taken is not None:
+            strengths = strengths.masked_fill(taken, LEAST)
+        order = strengths.gather(2, indices).sort(dim=2, descending=True, stable=True).indices
+        indices = indices.gather(2, order)
+        chosen = Slots(segments.keys, segments.values, strengths, positions).take(indices, 2)
+        if self.uses_score:
+            factor = (segments.scores.gather(2, indices) + VALUE_SHIFT).sigmoid()[..., None]
+            chosen = chosen._replace(values=chosen.values * factor.to(chosen.values.dtype))
+        return chosen, indices
+
+    def averages(self, segments: Segments) -> Slots:
+        """Means of r equal parts of every chunk, of strength 0, at the position of the last token of each."""
+        length = self.chunk_length // self.slots_per_chunk
+        keys, values = (states.unflatten(2, (-1, length)).mean(3) for states in segments[:2])
+        positions = segments.positions[..., length - 1 :: length, None].expand(keys.shape[:4])
+        return Slots(keys, values, torch.zeros_like(at_least_float32(keys[..., 0])), positions)
+
+    def meet(self, old: Slots, new: Slots) -> tuple[Slots, torch.Tensor]:
+        """Candidates, strongest first, meet the slots of a group, weakest first.
+
+        Args:
+            old: (B, groups, K, G, D).
+            new: The same of candidates.
+
+        Returns:
+            The slots after it, and the gate (B, groups, K, G): how much of each slot a candidate has replaced.
+        """
+        old = old.take(old.strengths.sort(dim=2, stable=True).indices, 2)
+        is_empty = old.strengths == -torch.inf
+        kept = old.strengths.masked_fill(is_empty, 0) - at_least_float32(own_heads(self.fade))
+        offered = new.strengths.clamp_min(2 * LEAST)  # what is not there at all only ever meets empty slots
+        takes = is_empty | ((kept <= LEAST / 2) & (offered > LEAST / 2))
+        gate = self.openness(old, new, kept, offered)
+        gate = torch.where(takes, 1.0, torch.where(offered <= LEAST / 2, 0.0, gate))
+        strengths = torch.where(is_empty, new.strengths, torch.lerp(kept, offered, gate))
+        share = gate[..., None].to(old.keys.dtype)
+        keys, values = (torch.lerp(before, after, share) for before, after in zip(old[:2], new[:2], strict=True))
+        positions = torch.where(gate > 0.5, new.positions, old.positions)
+        return Slots(keys, values, strengths, positions), gate
+
+    def openness(self, old: Slots, new: Slots, kept: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
+        """The gate by what is learned: (B, groups, K, G) float32 or wider, 0 to 1; strengths are kept and offered."""
+        features = torch.cat([old.keys, old.values, new.keys, new.values], -1)
+        weight, scale, bias = (
+            at_least_float32(own_heads(each)) for each in (self.gate_weight, self.gate_scale, self.gate_bias)
+        )
+        logits = (at_least_float32(features) * weight).sum(-1)  # no einsum: autocast would take it out of float32
+        return stretched_sigmoid(logits + scale * (offered - kept) + bias)
+
+    def version(self, stages: Slots, num_writes: torch.Tensor) -> Slots:
+        """The part after a number of writes, oldest slot first.
+
+        Args:
+            stages: What `forward` returned.
+            num_writes: (V,) the same versions for every row, or (B, V) versions of each row; int64.
+
+        Returns:
+            Slots (B, V, slots of this part, G, D).
+        """
+        places = torch.arange(self.num_groups, device=num_writes.device) + num_writes[..., None]
+        # Group b of the ring after n writes: it was written n // groups times, once more if b < n % groups.
+        group, done = places % self.num_groups, num_writes[..., None]
+        index = (done // self.num_groups + (group < done % self.num_groups)) * self.num_groups + group
+        if num_writes.dim() == 1:
+            chosen = stages.map(lambda tensor: tensor.index_select(1, index.flatten()))
+        else:
+            rows = torch.arange(index.shape[0], device=index.device)[:, None]
+            chosen = stages.map(lambda tensor: tensor[rows, index.flatten(1)])
+        return chosen.map(lambda tensor: tensor.unflatten(1, (-1, self.num_groups)).flatten(2, 3))
+
+
+class RMTMemory(nn.Module):
+    """The rings of a layer, and the score that is learned for the tokens they choose from."""
 
     def __init__(self, config: RMTConfig) -> None:
         super().__init__()
-        self.write_type = config.memory_write
-        self.chunk_length = config.chunk_length
-        self.slots_per_chunk = config.num_slots_per_chunk
-        self.blocks = config.num_memory_slots // config.num_slots_per_segment
-        heads, width = config.key_value_shape
-        self.null_key = nn.Parameter(torch.empty(heads, width))
-        self.gate_weight = nn.Parameter(torch.empty(heads, 4 * width))
-        self.gate_bias = nn.Parameter(torch.empty(heads))
-        self.score_proj = nn.Linear(config.hidden_size, heads) if config.memory_write == "select" else None
+        self.rings = nn.ModuleList([RMTRing(config, *part) for part in config.memory_parts])
+        uses_score, self.uses_evidence = (any(part[i] for part in config.memory_parts) for i in (1, 2))
+        self.score_proj = nn.Linear(config.hidden_size, config.key_value_shape[0]) if uses_score else None
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the write needs to know of each token besides key and value.
-
-        Args:
-            hidden_states: (B, L, E), after the layer's input norm.
-
-        Returns:
-            (B, L, G) for `"select"`, (B, L, 0) for `"mean"`; float32 or wider.
-        """
+        """The learned score of each token, (B, T, E) after the input norm to (B, T, G); (B, T, 0) where none is."""
         if self.score_proj is None:
             return at_least_float32(hidden_states[..., :0])
         return at_least_float32(self.score_proj(hidden_states))
 
-    def condense(self, keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor) -> Slots:
-        """The candidates of every segment, all chunks at once.
-
-        Args:
-            keys: (B, W, S, G, D), without rotary encoding.
-            values: (B, W, S, G, D).
-            scores: (B, W, S, ...) as `scores` gives them.
-
-        Returns:
-            Slots of shape (B, W, K, G, D), chunk after chunk.
-        """
-        batch, segments, length, heads, width = keys.shape
-        chunks = (batch, segments, length // self.chunk_length, self.chunk_length)
-        keys, values = keys.reshape(*chunks, heads, width), values.reshape(*chunks, heads, width)
-        strengths = scores.new_zeros(*chunks[:3], self.slots_per_chunk, heads)
-        if self.write_type == "select":
-            chosen = self._chosen(scores.reshape(*chunks, heads))  # (B, W, chunks, r, G)
-            strengths = F.logsigmoid(scores.reshape(*chunks, heads).gather(3, chosen))
-            keys = keys.take_along_dim(chosen[..., None], dim=3)
-            values = values.take_along_dim(chosen[..., None], dim=3)
-        else:
-            parts = (*chunks[:3], self.slots_per_chunk, self.chunk_length // self.slots_per_chunk, heads, width)
-            keys, values = keys.reshape(parts).mean(4), values.reshape(parts).mean(4)
-        return Slots(keys, values, strengths).map(lambda tensor: tensor.flatten(2, 3))
-
-    def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
-        """Places of the r best scores along axis 3, in order of place; of equal scores the earlier wins."""
-        if self.slots_per_chunk == 1:
-            return scores.max(3, keepdim=True).indices
-        best = scores.sort(dim=3, descending=True, stable=True).indices[:, :, :, : self.slots_per_chunk]
-        return best.sort(dim=3).values
-
-    def write(self, memory: Slots, candidates: Slots | None, meets_empty: torch.Tensor | None = None) -> Slots:
-        """Writes W segments one after the other and keeps every stage, for `version` to read.
-
-        Ring positions do not depend on each other, so one step writes as many segments as the ring holds: M / K.
+    def forward(self, memory: Slots, segments: Segments | None) -> tuple[list[Slots], torch.Tensor]:
+        """Writes leaving segments to all parts.
 
         Args:
             memory: (B, M, G, D).
-            candidates: (B, W, K, G, D), or None to write nothing.
-            meets_empty: (B, W) bool, the segments that find an empty place whatever is there; None for none.
+            segments: What leaves; None if nothing does.
 
         Returns:
-            Slots (B, (rounds + 1) * M / K, K, G, D): the ring as blocks of K slots before and after each round.
+            The stages of each part, for `version` to read, and a zero with a gradient for every parameter.
         """
-        rounds = [memory.map(lambda tensor: tensor.unflatten(1, (self.blocks, -1)))]
-        if candidates is not None:
-            pieces = zip(*(tensor.split(self.blocks, 1) for tensor in candidates), strict=True)
-            for number, piece in enumerate(pieces):
-                old = rounds[-1]
-                if meets_empty is not None:
-                    begins = meets_empty[:, number * self.blocks :][:, : piece[0].shape[1]]
-                    hidden = F.pad(begins, (0, self.blocks - begins.shape[1]))[..., None]
-                    old = forget_slots(old, hidden.expand(-1, -1, old.keys.shape[2]))
-                rounds.append(self._gate(old, Slots(*piece)))
-        return Slots(*(torch.cat(stages, 1) for stages in zip(*rounds, strict=True)))
+        stages, taken, anchors, first = [], None, [], 0
+        for ring in self.rings:
+            part = memory.map(lambda tensor, first=first, ring=ring: tensor[:, first : first + ring.num_slots])
+            of_part, taken, anchor = ring(part, segments, taken)
+            stages.append(of_part)
+            anchors.append(anchor)
+            first += ring.num_slots
+        return stages, torch.stack(anchors).sum()
 
-    def _gate(self, old: Slots, new: Slots) -> Slots:
-        """One round: the first blocks of the ring meet the new ones, the rest stays."""
-        written = new.strengths.shape[1]
-        rest = old.map(lambda tensor: tensor[:, written:])
-        old = old.map(lambda tensor: tensor[:, :written])
-        empty = old.strengths == -torch.inf
-        gate = torch.where(empty, 1.0, self.openness(old, new))
-        old = old._replace(strengths=old.strengths.masked_fill(empty, 0))
-        # An empty candidate (strength -inf) stands for a segment before the stream began: it only ever meets empties.
-        mixed = [torch.lerp(old.strengths, new.strengths.clamp_min(torch.finfo(torch.float32).min), gate)]
-        mixed = [new.strengths.where(empty, mixed[0])]
-        for before, after in ((old.values, new.values), (old.keys, new.keys)):
-            mixed.insert(0, torch.lerp(before, after, gate[..., None].to(before.dtype)))
-        return Slots(*(torch.cat(pair, 1) for pair in zip(mixed, rest, strict=True)))
+    def version(self, stages: list[Slots], num_writes: torch.Tensor) -> Slots:
+        """Memory after a number of writes: slots (B, V, M, G, D), see `RMTRing.version`."""
+        parts = [ring.version(of_part, num_writes) for ring, of_part in zip(self.rings, stages, strict=True)]  # type: ignore[operator]
+        return parts[0] if len(parts) == 1 else Slots(*(torch.cat(each, 2) for each in zip(*parts, strict=True)))
 
-    def openness(self, old: Slots, new: Slots) -> torch.Tensor:
-        """The gate: how much of each old slot a new one replaces, were it written; (..., G) float32 or wider, 0 to 1.
-
-        Args:
-            old: (..., G, D), what is in the ring.
-            new: (..., G, D), what comes to its place.
-        """
-        features = torch.cat([old.keys, old.values, new.keys, new.values], -1)
-        # Not an einsum: autocast would take that out of float32.
-        logits = (at_least_float32(features) * at_least_float32(own_heads(self.gate_weight))).sum(-1)
-        return stretched_sigmoid(logits + at_least_float32(own_heads(self.gate_bias)))
-
-    def version(self, rounds: Slots, num_writes: torch.Tensor) -> Slots:
-        """Memory after a number of writes, oldest slot first.
-
-        Args:
-            rounds: What `write` returned.
-            num_writes: (V,) the same versions for every row, or (B, V) versions of each row; int64.
-
-        Returns:
-            Slots of shape (B, V, M, G, D).
-        """
-        places = torch.arange(self.blocks, device=num_writes.device) + num_writes[..., None]
-        # Block b of the ring after n writes: it was written n // blocks times, once more if b < n % blocks.
-        block = places % self.blocks
-        index = (
-            num_writes[..., None] // self.blocks + (block < num_writes[..., None] % self.blocks)
-        ) * self.blocks + block
-        if num_writes.dim() == 1:
-            chosen = rounds.map(lambda tensor: tensor.index_select(1, index.flatten()))
-        else:
-            rows = torch.arange(index.shape[0], device=index.device)[:, None]
-            chosen = rounds.map(lambda tensor: tensor[rows, index.flatten(1)])
-        return chosen.map(lambda tensor: tensor.unflatten(1, (-1, self.blocks)).flatten(2, 3))
-
-    def readable(self, slots: Slots, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slots and the null slot as keys and values of an attention that knows no score bias.
-
-        The strength is one more element of the key, met by a one in the query (see `ask`); eight elements are added,
-        because kernels like widths that are multiples of eight.
-
-        Args:
-            slots: (B, M, G, D).
-            scaling: Factor of the attention scores.
-
-        Returns:
-            Keys and values (B, 1 + M, G, D + 8).
-        """
-        null = own_heads(self.null_key).to(slots.keys.dtype).expand(slots.keys.shape[0], 1, -1, -1)
-        keys = torch.cat([null, slots.keys], 1)
-        values = F.pad(slots.values, (0, STRENGTH_WIDTH, 0, 0, 1, 0))
-        unreachable = torch.finfo(keys.dtype).min / 2
-        strengths = (slots.strengths / scaling).clamp_min(unreachable).to(keys.dtype)
-        strengths = F.pad(strengths, (0, 0, 1, 0))[..., None]  # (B, 1 + M, G, 1)
-        return torch.cat([keys, F.pad(strengths, (0, STRENGTH_WIDTH - 1))], -1), values
-
-    def recall(self, queries: torch.Tensor, memory: ReadableMemory, scaling: float) -> torch.Tensor:
-        """Attention of one token per row to memory and the null slot.
-
-        Args:
-            queries: (B * G, H / G, D).
-            memory: What is read.
-            scaling: Factor of the attention scores.
-
-        Returns:
-            (B * G, H / G, D); exactly zero if memory is empty.
-        """
-        null = own_heads(self.null_key)
-        memory.keys[:, 0].view(-1, *null.shape).copy_(null)
-        scores = torch.baddbmm(memory.strengths, at_least_float32(queries), memory.keys.transpose(1, 2), alpha=scaling)
-        return torch.bmm(scores.softmax(-1).to(queries.dtype), memory.values)
-
-    @staticmethod
-    def ask(queries: torch.Tensor) -> torch.Tensor:
-        """Queries (B, L, H, D) widened to (B, L, H, D + 8) for the keys of `readable`."""
-        return F.pad(queries, (0, STRENGTH_WIDTH), value=1.0)
-
-
-STRENGTH_WIDTH = 8  # elements that carry the strength of a slot in its readable key
+    def written_before(self, num_writes: torch.Tensor) -> torch.Tensor:
+        """Which write of the call each slot of a version is of, negative before the call: (..., V) to (..., V, M)."""
+        numbers = []
+        for ring in self.rings:
+            groups = torch.arange(-ring.num_groups, 0, device=num_writes.device)  # type: ignore[arg-type]
+            groups = groups.repeat_interleave(ring.num_slots // ring.num_groups)  # type: ignore[operator,arg-type]
+            numbers.append(num_writes[..., None] + groups)
+        return torch.cat(numbers, -1)

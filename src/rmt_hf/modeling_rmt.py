@@ -1,16 +1,17 @@
 """The model: MLP, decoder layer, stack of layers, and the heads that make it useful.
 
-Shapes: B rows, T columns of a call, E hidden size, V vocabulary. The walk of one call: embed; lay out the columns
-(layout_rmt); rotary tables once; the only loop over layers; norm; head.
+Shapes: B rows, T columns of a call, E hidden size, V vocabulary. The walk of one call: embed; plan where the columns
+belong (layout_rmt); rotary tables once; the only loop over layers; norm; head.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
@@ -28,30 +29,13 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_rmt import RMTAttention, RMTRotaryEmbedding, Turn, rotary_turns
-from .cache_rmt import RMTCache
+from .attention_rmt import RMTAttention, RMTFusion, RMTRMSNorm, RMTRotaryEmbedding, RMTSink, rotary_turns
+from .cache_rmt import RMTCache, check_cache_type, real_columns, stream_starts
 from .configuration_rmt import RMTConfig
 from .generation_rmt import RMTGeneration
-from .inputs_rmt import (
-    check_cache_type,
-    check_ids,
-    check_labels,
-    check_processes,
-    clear_padding,
-    embed,
-    real_columns,
-    refuse_reentrant_checkpoints,
-    stream_starts,
-)
-from .last_layer_rmt import can_leave_out, last_columns_alone
-from .layers_rmt import RMTLinear, RMTRMSNorm, gated_product
-from .layout_rmt import STEP, CallLayout, fixed_step, plan_call
-from .loss_rmt import check_chunked_loss, chunked_loss
-from .memory_rmt import RMTMemory
-from .packing_rmt import find_restarts, plan_packed_call
-from .paths_rmt import RMTFusion, RMTFusionGate, RMTSink
+from .layout_rmt import CallLayout, check_ids, check_labels, clear_padding, embed, find_restarts, plan_call
+from .memory_rmt import RMTRing
 from .state_rmt import LayerState
-from .step_rmt import OneToken, is_plain_step, one_token, planned_step
 
 
 class RMTMLP(nn.Module):
@@ -59,15 +43,13 @@ class RMTMLP(nn.Module):
 
     def __init__(self, config: RMTConfig) -> None:
         super().__init__()
-        self.gate_proj = RMTLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = RMTLinear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = RMTLinear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        flat = hidden_states.flatten(0, 1)  # one more axis: products of a decoding step take three times as long
-        product = gated_product(self.act_fn, self.gate_proj(flat), self.up_proj(flat))
-        return self.down_proj(product).view_as(hidden_states)
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 class RMTDecoderLayer(GradientCheckpointingLayer):
@@ -81,19 +63,14 @@ class RMTDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMTRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, LayerState | None]:
-        """(B, T, E) to (B, T, E), as it was if only the state is wanted, and the state; see `RMTAttention.forward`."""
+        """(B, T, E) to (B, T, E), and the state; see `RMTAttention.forward`."""
         attended, _, state = self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)
-        if attended is None:  # only the state was wanted
-            return hidden_states, state
-        if hasattr(self, "reshard") and torch.is_grad_enabled():  # `fully_shard` has made it an FSDPModule
-            attended = attended + self.self_attn.zero_with_gradient()
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), state
 
 
-FUSION_GATE_BIAS = (0.0, -2.0)  # of local path and memory, sigmoid 0.5 and 0.12: half open and nearly closed
 MEMORIZE_TOKENS = 4096  # tokens of all rows in one call of `memorize`: on a CPU 8,192 take a tenth longer
-MEMORY_GATE_BIAS = -1.0  # stretched sigmoid 0.22: a slot is mostly kept, so that it outlives many turns of the ring
+GATE_SCALE, GATE_BIAS, FADE = 1.0, 0.0, 0.1  # how gates of memory begin
 
 
 class RMTPreTrainedModel(PreTrainedModel):
@@ -112,25 +89,30 @@ class RMTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": RMTDecoderLayer, "attentions": RMTAttention}
 
+    def __init__(self, config: RMTConfig, *args: Any, **kwargs: Any) -> None:
+        config.validate_architecture()  # fields may have been set, or overridden in `from_pretrained`, since it was made
+        super().__init__(config, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initial values. As Llama: linear and embedding weights normal, `initializer_range`; biases 0; norms 1. Own:
 
         | tensor | law |
         |---|---|
-        | memory.null_key | normal, `initializer_range` |
-        | memory.gate_weight | 0: every slot is treated alike at first |
-        | memory.gate_bias | MEMORY_GATE_BIAS |
-        | fusion.gate.bias | FUSION_GATE_BIAS, by path |
+        | memory.rings.gate_weight | 0: every slot is treated alike at first |
+        | memory.rings.gate_scale, gate_bias, fade | GATE_SCALE, GATE_BIAS, FADE |
+        | memory.rings.evidence_scale | 1 |
         | fusion.scale | 1 |
         | fusion.logits | 0: equal shares |
         | sink.key, sink.value | normal, `initializer_range`; 0 |
         """
         super()._init_weights(module)
-        if isinstance(module, RMTMemory):
-            init.normal_(module.null_key, std=self.config.initializer_range)
+        if isinstance(module, RMTRing):
             init.zeros_(module.gate_weight)
-            init.constant_(module.gate_bias, MEMORY_GATE_BIAS)
+            for name, value in (("gate_scale", GATE_SCALE), ("gate_bias", GATE_BIAS), ("fade", FADE)):
+                init.constant_(getattr(module, name), value)
+            if hasattr(module, "evidence_scale"):
+                init.ones_(module.evidence_scale)
         elif isinstance(module, RMTSink):
             init.normal_(module.key, std=self.config.initializer_range)
             init.zeros_(module.value)
@@ -139,9 +121,6 @@ class RMTPreTrainedModel(PreTrainedModel):
                 init.ones_(module.scale)
             if hasattr(module, "logits"):
                 init.zeros_(module.logits)
-        elif isinstance(module, RMTFusionGate):
-            biases = [bias for bias, there in zip(FUSION_GATE_BIAS, module.exists, strict=True) if there]
-            init.copy_(module.bias, torch.tensor(biases).repeat(len(module.bias) // len(biases)))
         elif isinstance(module, RMTRotaryEmbedding):
             init.copy_(module.turns, rotary_turns(module.config))
 
@@ -188,7 +167,7 @@ class RMTPreTrainedModel(PreTrainedModel):
         starts = range(0, num_columns, size)
         # A pipeline is a matter of the model with its head, and sends nothing between stages but in its forward.
         is_stage = hasattr(self, "_pp_stage")
-        reader = partial(self, logits_to_keep=1) if is_stage else partial(self.base_model, num_wanted=0)
+        reader = partial(self, logits_to_keep=1) if is_stage else self.base_model
         for start in logging.tqdm(starts, desc="Memorizing", unit=f"x{size} tokens", disable=not show_progress):
             columns = slice(start, start + size)
             mask = None if attention_mask is None else attention_mask[:, columns]
@@ -234,7 +213,6 @@ class RMTModel(RMTPreTrainedModel):
         past_key_values: RMTCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        num_wanted: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
         """Reads T more columns of B streams.
@@ -247,10 +225,9 @@ class RMTModel(RMTPreTrainedModel):
             past_key_values: The state of the B streams, changed by the call; None begins new streams.
             inputs_embeds: (B, T, E) instead of `input_ids`.
             use_cache: Whether to return a state although none was given.
-            num_wanted: Last columns that are wanted, None for all. A long call without gradients may give these alone.
 
         Returns:
-            `last_hidden_state` (B, T, E), or the columns that are wanted, and `past_key_values`.
+            `last_hidden_state` (B, T, E) and `past_key_values`.
 
         Raises:
             ValueError: If an input breaks a rule; nothing has been changed then.
@@ -265,20 +242,10 @@ class RMTModel(RMTPreTrainedModel):
             hidden_states, layout = self._prepare(
                 input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
             )
-            output_attentions = kwargs.get("output_attentions") or self.config.output_attentions
-            wants_states = kwargs.get("output_hidden_states") or self.config.output_hidden_states
-            is_watched = past_key_values is None or output_attentions or wants_states
-            num_wanted = num_wanted if not is_watched and can_leave_out(self, layout, num_wanted) else None
-            num_layers = len(self.layers) - (num_wanted is not None)
-            hidden_states, states, has_turned = self._run_layers(
-                hidden_states, layout, past_key_values, output_attentions, num_layers
-            )
-            if num_wanted is not None:
-                state = cast(RMTCache, past_key_values).layers[-1].state
-                hidden_states, state = last_columns_alone(self, hidden_states, layout, state, num_wanted)
-                states.append(state)
+            states = None if past_key_values is None else [layer.state for layer in past_key_values.layers]
+            hidden_states, states = self._run_layers(hidden_states, replace(layout, starts=(), ends=()), states)
             if past_key_values is not None:
-                self._conclude(states, layout, past_key_values, has_turned)
+                past_key_values.commit(states, layout)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
     @torch.compiler.disable
@@ -299,60 +266,24 @@ class RMTModel(RMTPreTrainedModel):
         is_real = real_columns(attention_mask, cache, batch_size, num_columns)
         inputs_embeds = clear_padding(inputs_embeds, is_real, check=input_ids is None)
         restarts = find_restarts(position_ids, starts, is_real, num_columns, self.config.segment_length)
-        if restarts is not None:
-            return inputs_embeds, plan_packed_call(self.config, starts, is_real, restarts)
-        if num_columns == 1 and is_real is None and any(starts) and not torch.is_grad_enabled():
-            return inputs_embeds, planned_step(self, cast(RMTCache, cache), starts, inputs_embeds)
-        return inputs_embeds, plan_call(self.config, starts, is_real, num_columns, inputs_embeds.device)
+        refreshes = bool(self.config.prefix_length) and cache is not None
+        refreshes = refreshes and (cast(RMTCache, cache).is_stale or torch.is_grad_enabled())
+        device = inputs_embeds.device
+        return inputs_embeds, plan_call(self.config, starts, is_real, num_columns, device, restarts, refreshes)
 
     def _run_layers(
-        self, hidden_states: torch.Tensor, layout: CallLayout, cache: Any, output_attentions: bool, num_layers: int
-    ) -> tuple[torch.Tensor, list[LayerState], bool]:
-        """The only loop over layers, and the norm after all: (B, T, E), the states, and whether they have turned."""
-        turn = None if cache is None or torch.compiler.is_compiling() else self._turn(layout)
-        if torch.compiler.is_compiling() and layout.form == STEP and layout.length == 1 and layout.take is None:
-            layout = fixed_step(self.config, layout.position_ids)
-        tokens: Sequence[OneToken | None] = [None] * num_layers
-        is_plain = cache is not None and not output_attentions and is_plain_step(self, layout)
-        if is_plain:
-            tokens = one_token(self, layout, cache, hidden_states.dtype)
-        tables = self.rotary_emb.tables(layout, hidden_states.dtype, is_plain)
-        states: list[Any] = []
-        for index, (token, layer) in enumerate(zip(tokens, self.layers, strict=False)):
-            found = layer(
-                hidden_states,
-                layout=layout,
-                state=None if cache is None else cache.layers[index].state,
-                keep_state=cache is not None,
-                output_attentions=output_attentions,
-                token=token,
-                turn=turn,
-                **tables,
-            )
+        self, hidden_states: torch.Tensor, layout: CallLayout, states: list[LayerState | None] | None
+    ) -> tuple[torch.Tensor, list[Any]]:
+        """The only loop over layers, and the norm after all: (B, T, E), and the states if some were given."""
+        tables = self.rotary_emb.of_call(layout, hidden_states.dtype, states is not None)
+        new_states: list[Any] = []
+        for index, layer in enumerate(self.layers):
+            state = None if states is None else states[index]
+            found = layer(hidden_states, layout=layout, tables=tables, state=state, keep_state=states is not None)
             # In the place of a layer of another stage of a pipeline stands an identity, which has no state.
             hidden_states, state = found if isinstance(found, tuple) else (found, None)
-            states.append(state)
-        return hidden_states if num_layers < len(self.layers) else self.norm(hidden_states), states, turn is not None
-
-    def _turn(self, layout: CallLayout) -> Turn | None:
-        """What the layers want to move on the rows that a step brings to the end of their segment; None if it has none.
-
-        They do so in their forward pass, where weights that are shared out (FSDP) are whole; after a compiled step.
-        """
-        due = layout.due_rows(self.config.segment_length)
-        if due is None:
-            return None
-        rotary = self.rotary_emb(layout.write_position_ids, self.dtype)
-        return Turn(due, layout.begun(self.config.segment_length), rotary)
-
-    @torch.compiler.disable
-    def _conclude(self, states: list[LayerState], layout: CallLayout, cache: RMTCache, has_turned: bool) -> None:
-        """Hands the states over, turned if the layers have not done it."""
-        turn = None if has_turned else self._turn(layout)
-        if turn is not None:
-            pairs = zip(cast(Any, self.layers), states, strict=True)
-            states = [layer.self_attn.turn(state, *turn) for layer, state in pairs]
-        cache.commit(states, layout)
+            new_states.append(state)
+        return self.norm(hidden_states), new_states
 
 
 class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # type: ignore[misc]  # hooks take less
@@ -366,7 +297,7 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
     def __init__(self, config: RMTConfig) -> None:
         super().__init__(config)
         self.model = RMTModel(config)
-        self.lm_head = RMTLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -398,8 +329,7 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
             RuntimeError: As `RMTModel.forward`, and if `config.use_chunked_loss` meets a torch before 2.13.
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
-        is_kept = labels is None and isinstance(logits_to_keep, int) and logits_to_keep > 0
-        is_plain = type(self.lm_head) in (nn.Linear, RMTLinear) and not hasattr(self.lm_head.weight, "device_mesh")
+        is_plain = type(self.lm_head) is nn.Linear and not hasattr(self.lm_head.weight, "device_mesh")
         in_chunks = labels is not None and self.config.use_chunked_loss and is_plain
         if in_chunks:
             check_chunked_loss()
@@ -410,7 +340,6 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            num_wanted=logits_to_keep if is_kept else None,
             **kwargs,
         )
         logits = loss = None
@@ -461,6 +390,85 @@ class RMTForQuestionAnswering(GenericForQuestionAnswering, RMTPreTrainedModel):
         self.model = RMTModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+
+
+def check_chunked_loss() -> None:
+    """Refuses a torch that is too old, before a call changes anything."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise RuntimeError(
+            f"use_chunked_loss=True needs torch 2.13 or newer, got {torch.__version__}: set config.use_chunked_loss to "
+            "False, or install a newer torch."
+        )
+
+
+def chunked_loss(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The loss of causal language models as transformers defines it, without logits that exist all at once.
+
+    Args:
+        hidden_states: (B, T, E), after the last norm.
+        weight: (V, E), of the vocabulary projection.
+        labels: (B, T) token ids, not shifted.
+        num_items_in_batch: What the sum over tokens is divided by; None for the number of tokens that count.
+        ignore_index: Label of tokens that do not count.
+        shift_labels: (B, T) labels that are shifted already; used instead of `labels`.
+        kwargs: Of no meaning here.
+
+    Returns:
+        A scalar in the dtype of the hidden states; sums are taken in float32 or wider.
+    """
+    if shift_labels is None:
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+    loss = F.linear_cross_entropy(
+        hidden_states.flatten(0, 1),
+        weight,
+        shift_labels.flatten().to(hidden_states.device),
+        reduction="mean" if num_items_in_batch is None else "sum",
+        ignore_index=ignore_index,
+        options=nn.LinearCrossEntropyOptions(),
+    )
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+def refuse_reentrant_checkpoints(layers: nn.ModuleList) -> None:
+    """Refuses the kind of checkpoint that cuts the gradient through the state without a word."""
+    functions = [layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing]
+    if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
+        raise ValueError(
+            "Gradient checkpointing with use_reentrant=True cuts the gradient through past_key_values: enable it with "
+            "use_reentrant=False, or pass no past_key_values."
+        )
+
+
+def check_processes(distributed_config: Any, config: RMTConfig) -> None:
+    """Refuses processes that a model cannot be shared out over.
+
+    Args:
+        distributed_config: `transformers.distributed.DistributedConfig`, or None.
+        config: Of the model.
+
+    Raises:
+        ValueError: If key/value heads cannot be dealt out evenly, or a pipeline has more stages than layers.
+    """
+    tp_size, pp_size = (getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size"))
+    num_heads, _ = config.key_value_shape
+    if num_heads % tp_size:
+        raise ValueError(
+            f"tp_size must divide num_key_value_heads ({num_heads}), got {tp_size}: memory belongs to a head and "
+            "cannot be split any further. Use fewer processes, or fsdp_size."
+        )
+    if pp_size > config.num_hidden_layers:
+        raise ValueError(
+            f"pp_size must be at most num_hidden_layers ({config.num_hidden_layers}), got {pp_size}: every stage of a "
+            "pipeline needs a layer. Use fewer processes."
+        )
 
 
 # The class for each auto class, and the library's table of class names for it.

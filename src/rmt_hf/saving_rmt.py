@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of the second form: memory as a prefix of the window
 RECORD_NAME = "rmt_state.json"
 CARD = """---
 library_name: transformers
@@ -135,15 +135,20 @@ def read_tensors(
 def state_shapes(fingerprint: dict[str, Any], batch_size: int) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a state of B streams."""
     heads, width, slots = (fingerprint[name] for name in ("num_key_value_heads", "head_dim", "num_memory_slots"))
-    segment = fingerprint["segment_length"]
+    segment, lasting = fingerprint["segment_length"], fingerprint["num_lasting_slots"]
     columns = (fingerprint["num_lookback_segments"] + 2) * segment
-    per_token = {"select": heads, "mean": 0}
-    num_scores = per_token[fingerprint["memory_write"]] if slots else 0
-    layer: dict[str, tuple[int, ...]] = {name: (batch_size, heads, columns, width) for name in ("keys", "values")}
+    selects = slots > 0 and fingerprint["memory_write"] == "select"
+    num_scores = heads if selects and lasting != 0 else 0
+    num_queries = 2 * fingerprint["num_observing_tokens"] if selects and lasting != slots else 0
+    prefix = slots + fingerprint["use_attention_sink"]
+    layer: dict[str, tuple[int, ...]] = {
+        name: (batch_size, heads, columns + prefix, width) for name in ("keys", "values")
+    }
     layer["scores"] = (batch_size, columns, num_scores)
+    layer["queries"] = (batch_size, fingerprint["num_attention_heads"], num_queries, width)
     for memory in ("memory", "previous_memory"):
         layer |= {f"{memory}.{name}": (batch_size, slots, heads, width) for name in ("keys", "values")}
-        layer[f"{memory}.strengths"] = (batch_size, slots, heads)
+        layer |= {f"{memory}.{name}": (batch_size, slots, heads) for name in ("strengths", "positions")}
     shapes = {
         f"layers.{index}.{name}": shape
         for index in range(fingerprint["num_hidden_layers"])

@@ -1,6 +1,7 @@
-"""The state of one layer: its window and its memory, as tensors of fixed shape, and what can be done to their rows.
+"""The state of one layer: prefix, window and memory as tensors of fixed shape, and what can be done to their rows.
 
-Shapes: B rows, N lookback segments, S segment length, G key/value heads, D head width, M slots.
+Shapes: B rows, N lookback segments, S segment length, F views of a call, P columns of the prefix, H query heads,
+G key/value heads, D head width, M slots, L observing tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,137 +10,228 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .memory_rmt import Slots, at_least_float32, empty_slots, where_rows
+from .configuration_rmt import RMTConfig
+from .layout_rmt import CallLayout
+from .memory_rmt import Slots, at_least_float32, where_rows
 
 
 class LayerState(NamedTuple):
-    """The state of one layer. Column j of the window is stream position (t - N - 1) * S + j of a row in segment t.
+    """The state of one layer, for a row that stands in segment t of its stream.
 
-    One segment more than attention sees is kept, and memory as it was before the last write, so that a rewind of up to
-    S tokens across a segment boundary is exact.
+    The first S columns are segment t - N - 1, which attention does not see; then come the prefix, which is made of
+    `memory`, and the segments t - N to t. So one slice holds all that a step sees. The segment more, and memory before
+    the last write, make a rewind of up to S tokens exact.
 
     Args:
-        keys: (B, G, (N + 2) * S, D), with rotary encoding; columns at or after the clock mean nothing. Heads come
-            before columns, because a decoding step reads little else.
-        values: (B, G, (N + 2) * S, D).
-        scores: (B, (N + 2) * S, ...), what the write will need of each token.
-        memory: Slots (B, M, G, D); M is 0 without memory.
+        keys: (B, G, S + P + (N + 1) * S, D), with rotary encoding; columns at or after the clock mean nothing.
+        values: (B, G, S + P + (N + 1) * S, D).
+        scores: (B, (N + 2) * S, G or 0), of each token of the segments.
+        queries: (B, H, 2 * L or 0, D), with rotary encoding, of the last L tokens of the segments t - 1 and t.
+        memory: Slots (B, M, G, D).
         previous_memory: The slots before the last write.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     scores: torch.Tensor
+    queries: torch.Tensor
     memory: Slots
     previous_memory: Slots
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         """The state with `function` applied to every tensor."""
-        keys, values, scores = map(function, self[:3])
-        return LayerState(keys, values, scores, self.memory.map(function), self.previous_memory.map(function))
+        return LayerState.from_tensors([function(tensor) for tensor in self.tensors()])
 
-    def to(self, dtype: torch.dtype) -> "LayerState":
+    def cast(self, dtype: torch.dtype) -> "LayerState":
         """The state for a call that computes in `dtype`; another one before `autocast` or `model.to(dtype)`."""
         if self.keys.dtype == dtype:
             return self
         wide = torch.promote_types(dtype, torch.float32)  # of scores and strengths
-        memory, previous_memory = (
-            Slots(slots.keys.to(dtype), slots.values.to(dtype), slots.strengths.to(wide)) for slots in self[3:]
+        memory, before = (
+            Slots(slots.keys.to(dtype), slots.values.to(dtype), slots.strengths.to(wide), slots.positions)
+            for slots in self[4:]
         )
-        return LayerState(self.keys.to(dtype), self.values.to(dtype), self.scores.to(wide), memory, previous_memory)
+        keys, values, queries = (states.to(dtype) for states in (self.keys, self.values, self.queries))
+        return LayerState(keys, values, self.scores.to(wide), queries, memory, before)
 
     def tensors(self) -> list[torch.Tensor]:
         """All tensors of the state."""
-        return [*self[:3], *self.memory, *self.previous_memory]
+        return [*self[:4], *self.memory, *self.previous_memory]
+
+    @staticmethod
+    def from_tensors(tensors: Sequence[torch.Tensor]) -> "LayerState":
+        """The state of what `tensors` gave."""
+        keys, values, scores, queries, *slots = tensors
+        return LayerState(keys, values, scores, queries, Slots(*slots[:4]), Slots(*slots[4:]))
 
     @staticmethod
     def stack(states: Sequence["LayerState"]) -> "LayerState":
         """One state of all the streams of several, in order."""
-        stacked = [torch.cat(tensors) for tensors in zip(*(state.tensors() for state in states), strict=True)]
-        return LayerState.from_tensors(stacked)
+        pairs = zip(*(state.tensors() for state in states), strict=True)
+        return LayerState.from_tensors([torch.cat(tensors) for tensors in pairs])
 
     @staticmethod
-    def empty(keys: torch.Tensor, scores: torch.Tensor, num_columns: int, num_slots: int) -> "LayerState":
-        """The state of streams that have read nothing.
+    def empty(config: RMTConfig, keys: torch.Tensor, scores: torch.Tensor, queries: torch.Tensor) -> "LayerState":
+        """The state of streams that have read nothing; keys (B, T, G, D), scores and queries are those of a call."""
+        batch, _, heads, width = keys.shape
+        window = keys.new_zeros(batch, heads, config.window_length + config.segment_length + config.prefix_length, width)
+        num_scores = config.window_length + config.segment_length
+        memory = Slots.empty(keys, config.num_memory_slots)
+        return LayerState(
+            keys=window,
+            values=window.clone(),
+            scores=at_least_float32(scores).new_zeros(batch, num_scores, scores.shape[2]),
+            queries=queries.new_zeros(batch, queries.shape[2], 2 * num_kept_queries(config), width),
+            memory=memory,
+            previous_memory=memory.map(torch.clone),
+        )
+
+    def extend(
+        self, layout: CallLayout, config: RMTConfig, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor
+    ) -> "LayerState":
+        """The state with the tokens of a call, (B, T, ...), and without the prefix F - 1 segments more.
+
+        With one view, columns are written in place where no gradient needs what is there.
+        """
+        segment, prefix = config.segment_length, config.prefix_length
+        first, num_more = self.scores.shape[1] - segment, (layout.num_views - 1) * segment
+
+        def put(old: torch.Tensor, axis: int, new: torch.Tensor, first: int) -> torch.Tensor:
+            columns = first + layout.places
+            if num_more and layout.offset is not None:
+                parts = [old.narrow(axis, 0, first + layout.offset), new]
+                missing = first + segment + num_more - sum(part.shape[axis] for part in parts)
+                shape = [missing if i == axis else size for i, size in enumerate(new.shape)]
+                return torch.cat([*parts, new.new_zeros(shape)] if missing else parts, axis)
+            if num_more:
+                old = F.pad(old, (*[0, 0] * (old.dim() - 1 - axis), 0, num_more))
+            elif needs_copy(old):
+                old = old.clone()
+            if len(columns) == 1:
+                return old.index_copy_(axis, columns[0], new)
+            if axis == 1:
+                return old.index_put_((layout.rows, columns), new)
+            heads = torch.arange(old.shape[1], device=columns.device)[:, None]
+            return old.index_put_((layout.rows[:, None], heads, columns[:, None]), new)
+
+        keys, values = self.keys, self.values
+        if num_more:
+            keys, values = (without_prefix(states, segment, prefix) for states in (keys, values))
+        at = first if num_more else first + prefix
+        return self._replace(
+            keys=put(keys, 2, key.transpose(1, 2), at),
+            values=put(values, 2, value.transpose(1, 2), at),
+            scores=put(self.scores, 1, scores, first),
+        )
+
+    def observe(self, layout: CallLayout, config: RMTConfig, query: torch.Tensor) -> "LayerState":
+        """The state with the queries (B, T, H, D) of the last L tokens of each view: (B, H, (F + 1) * L, D)."""
+        segment, length = config.segment_length, num_kept_queries(config)
+        if not (length and layout.observes):
+            return self
+        num_columns = (layout.num_views + 1) * length
+        query = query.detach().transpose(1, 2)
+        queries = F.pad(self.queries, (0, 0, 0, num_columns + 1 - self.queries.shape[2]))  # the last is for no use
+        offsets = layout.places % segment - (segment - length)
+        columns = layout.places // segment * length + length + offsets
+        columns = columns.masked_fill((offsets < 0) | (layout.places >= layout.num_views * segment), num_columns)
+        heads = torch.arange(queries.shape[1], device=columns.device)[:, None]
+        if len(columns) == 1:
+            queries = queries.index_copy(2, columns[0], query)
+        else:
+            queries = queries.index_put((layout.rows[:, None], heads, columns[:, None]), query)
+        return self._replace(queries=queries[:, :, :num_columns])
+
+    def close(self, layout: CallLayout, config: RMTConfig, prefix: tuple[torch.Tensor, torch.Tensor]) -> "LayerState":
+        """The state after a call that has passed segment ends: the window of each row from the segment it has come to.
 
         Args:
-            keys: (B, L, G, D), for their rows, heads, dtype and device.
-            scores: (B, L, ...), for what the write will need.
-            num_columns: (N + 2) * S.
-            num_slots: M.
+            layout: Of the call.
+            config: Of the model.
+            prefix: Keys and values (B, G, P, D) of the memory after the call.
         """
-        batch, _, heads, width = keys.shape
-        window = keys.new_zeros(batch, heads, num_columns, width)
-        scores = at_least_float32(scores).new_zeros(batch, num_columns, *scores.shape[2:])
-        memory = empty_slots(keys, num_slots)
-        return LayerState(window, window.clone(), scores, memory, memory.map(torch.clone))
+        segment, size = config.segment_length, config.window_length + config.segment_length
+        plain = layout.num_views == 1
 
-    @staticmethod
-    def from_tensors(tensors: list[torch.Tensor]) -> "LayerState":
-        """The state of what `tensors` gave."""
-        keys, values, scores, *slots = tensors
-        return LayerState(keys, values, scores, Slots(*slots[:3]), Slots(*slots[3:]))
+        def cut(states: torch.Tensor, axis: int, segment: int, size: int) -> torch.Tensor:
+            if layout.offset is not None:
+                first, have = layout.num_writes * segment, states.shape[axis]
+                part = states.narrow(axis, first, min(size, have - first))
+                missing = size - part.shape[axis]
+                return F.pad(part, (*[0, 0] * (part.dim() - 1 - axis), 0, missing)) if missing else part
+            columns = layout.turns[:, None] * segment + torch.arange(size, device=states.device)  # (B, size)
+            outside = columns >= states.shape[axis]
+            if layout.is_packed:  # what is before the last document of a row
+                num_before = size // segment - 1
+                outside |= columns < (layout.first_views[:, -1:] + num_before) * segment
+            columns = columns.clamp_max(states.shape[axis] - 1)
+            shape = [len(columns), *[1] * (states.dim() - 1)]
+            shape[axis] = size
+            outside = outside.view(shape)
+            return states.take_along_dim(columns.view(shape), axis).masked_fill(outside, 0)
 
-    def shift_rows(self, rows: torch.Tensor, segment: int, back: bool = False) -> "LayerState":
-        """The state with the window of the rows where `rows`, (B,) bool, is True one segment further on, or back."""
+        both = (without_prefix(states, segment, config.prefix_length) if plain else states for states in self[:2])
+        keys, values = (
+            torch.cat([states[:, :, :segment], new, states[:, :, segment:]], 2)
+            for states, new in zip((cut(states, 2, segment, size) for states in both), prefix, strict=True)
+        )
+        scores, length = cut(self.scores, 1, segment, size).contiguous(), num_kept_queries(config)
+        queries = cut(self.queries, 2, length, 2 * length).contiguous() if length else self.queries
+        return self._replace(keys=keys, values=values, scores=scores, queries=queries)
+
+    def with_prefix(self, segment: int, prefix: tuple[torch.Tensor, torch.Tensor]) -> "LayerState":
+        """The state with other keys and values (B, G, P, D) as its prefix."""
+        end = segment + prefix[0].shape[2]
+        keys, values = (
+            torch.cat([states[:, :, :segment], new, states[:, :, end:]], 2)
+            for states, new in zip(self[:2], prefix, strict=True)
+        )
+        return self._replace(keys=keys, values=values)
+
+    def rewind_rows(self, rows: torch.Tensor, segment: int, prefix: int) -> "LayerState":
+        """The state with the rows where `rows`, (B,) bool, is True a segment back, their last write undone.
+
+        The prefix of these rows is out of date.
+        """
         rows = rows.to(self.keys.device)
 
-        def shift(old: torch.Tensor, axis: int) -> torch.Tensor:
-            kept = old.narrow(axis, 0 if back else segment, old.shape[axis] - segment)
-            gap = torch.zeros_like(old.narrow(axis, 0, segment))
-            return where_rows(rows, torch.cat([gap, kept] if back else [kept, gap], axis), old)
+        def shift(old: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+            kept = old.narrow(axis, 0, old.shape[axis] - size)
+            return where_rows(rows, torch.cat([torch.zeros_like(old.narrow(axis, 0, size)), kept], axis), old)
 
-        keys, values, scores = shift(self.keys, 2), shift(self.values, 2), shift(self.scores, 1)
-        return self._replace(keys=keys, values=values, scores=scores)
+        def shift_window(old: torch.Tensor) -> torch.Tensor:
+            plain = shift(without_prefix(old, segment, prefix), 2, segment)
+            return torch.cat([plain[:, :, :segment], old[:, :, segment : segment + prefix], plain[:, :, segment:]], 2)
 
-    def rewind_rows(self, rows: torch.Tensor, segment: int) -> "LayerState":
-        """The state with the rows where `rows`, (B,) bool, is True a segment back, their last write undone."""
-        memory = self.memory.replace_rows(rows.to(self.keys.device), self.previous_memory)
-        return self.shift_rows(rows, segment, back=True)._replace(memory=memory)
+        return LayerState(
+            shift_window(self.keys),
+            shift_window(self.values),
+            shift(self.scores, 1, segment),
+            shift(self.queries, 2, self.queries.shape[2] // 2),
+            self.memory.replace_rows(rows, self.previous_memory),
+            self.previous_memory,
+        )
 
     def reset_rows(self, rows: torch.Tensor) -> "LayerState":
         """The state with the rows where `rows`, (B,) bool, is True empty: zeros, and no slot written."""
-
-        def clear(tensor: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-            return tensor.masked_fill(rows.to(tensor.device).reshape(-1, *[1] * (tensor.dim() - 1)), value)
-
-        def forget(memory: Slots) -> Slots:
-            return Slots(clear(memory.keys), clear(memory.values), clear(memory.strengths, -torch.inf))
-
-        keys, values, scores = map(clear, self[:3])
-        return LayerState(keys, values, scores, forget(self.memory), forget(self.previous_memory))
+        rows = rows.to(self.keys.device)
+        tensors = (tensor.masked_fill(rows.reshape(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in self[:4])
+        hidden = rows[:, None].expand(self.memory.strengths.shape[:2])
+        return LayerState(*tensors, self.memory.forget(hidden), self.previous_memory.forget(hidden))
 
 
-def cut_columns(states: torch.Tensor, first: int, num_columns: int) -> torch.Tensor:
-    """Columns of (..., columns, width) from `first` on, in memory of their own; zeros where there are none.
-
-    At least one must be there.
-    """
-    end = first + num_columns
-    part = states[..., max(0, first) : end, :]
-    missing = (max(0, -first), max(0, end - states.shape[-2]))
-    return F.pad(part, (0, 0, *missing)) if any(missing) else part.clone(memory_format=torch.contiguous_format)
+def num_kept_queries(config: RMTConfig) -> int:
+    """L, or 0 where no part of memory asks for evidence."""
+    return config.num_observing_tokens if any(uses for *_, uses in config.memory_parts) else 0
 
 
-def owned(window: torch.Tensor) -> torch.Tensor:
-    """The window if it may be written in place, because no gradient needs what it holds; else a copy."""
-    if window.requires_grad or torch.is_grad_enabled():
-        return window.clone()
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not window.is_inference():
-        return window
-    return window.clone()
+def without_prefix(states: torch.Tensor, segment: int, prefix: int) -> torch.Tensor:
+    """Keys or values of a state, (B, G, columns, D), the segments alone."""
+    return torch.cat([states[:, :, :segment], states[:, :, segment + prefix :]], 2) if prefix else states
 
 
-def lay_columns(window: torch.Tensor, axis: int, columns: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """The window with `new` at its `columns`, (L,) or (B, L), along an axis; in place where no gradient needs the old.
-
-    Written so that a compiled step writes in place too: through a transposed view it would copy the whole window.
-    """
-    window = owned(window)
-    if columns.dim() == 1:
-        return window.index_copy_(axis, columns, new)
-    rows = torch.arange(len(columns), device=columns.device)[:, None]
-    if axis == 1:
-        return window.index_put_((rows, columns), new)
-    heads = torch.arange(window.shape[1], device=columns.device)[:, None]
-    return window.index_put_((rows[:, None], heads, columns[:, None]), new)
+def needs_copy(window: torch.Tensor) -> bool:
+    """Whether a window may not be written in place: a gradient needs what it holds, or inference mode made it."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return window.is_inference() and not torch.is_inference_mode_enabled()

@@ -63,7 +63,8 @@ class ReferenceModel:
             raise ValueError(f"the reference knows plain rotary encoding only, got {config.rope_parameters}")
         self.config = config
         self.weights = state_dict
-        num_slots, num_lasting, select = config.num_memory_slots, config.num_lasting_slots, config.memory_write == "select"
+        num_slots, num_lasting = config.num_memory_slots, config.num_lasting_slots
+        select = config.memory_write == "select"
         parts = [Part(num_slots, uses_score=select, uses_evidence=select)]
         if num_lasting is not None:
             parts = [Part(num_lasting, True, False), Part(num_slots - num_lasting, False, True)]

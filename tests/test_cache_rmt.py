@@ -10,20 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rmt_hf import RMTCache
-from tiny import pad_left, read, tiny_config, tiny_ids, tiny_model
+from rmt_hf.layout_rmt import visible_columns
+from tiny import FORMS, pad_left, read, segments_alone, tiny_config, tiny_ids, tiny_model
 
 
-C, S = 4, 8  # chunk and segment of tiny_config, whose ring is full after four writes
-
-# Forms of the model that differ in every field that the state depends on.
-FORMS = {
-    "gated select": {},
-    "paper": {"fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
-    "mean": {"memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
-    "one turn": {"num_memory_slots": 2, "use_local_attention": False, "fusion_type": "softmax"},
-    "no memory": {"num_memory_slots": 0},
-    "sink": {"use_attention_sink": True, "num_memory_slots": 2},
-}
+C, S = 4, 8  # chunk and segment of tiny_config
 every_form = pytest.mark.parametrize("form", FORMS)
 
 # Float64 sums of some 100 terms taken in another order: values up to 10 agree to 1e-11.
@@ -40,23 +31,30 @@ def models() -> dict:
     return models
 
 
-def row_state(cache: RMTCache, config, row: int) -> list[torch.Tensor]:
-    """What the state of a row means: window columns from the beginning of the stream to its clock, and memory."""
-    segment = config.segment_length
-    position = cache.positions[row]
-    first = (position // segment - config.num_lookback_segments - 1) * segment  # stream position of window column 0
+def row_state(cache: RMTCache, config, row: int, with_prefix: bool = True) -> list[torch.Tensor]:
+    """What the state of a row means: the live columns of its segments, its memory, and the prefix made of that."""
+    segment, prefix = config.segment_length, config.prefix_length
+    position, lookback = cache.positions[row], config.num_lookback_segments
+    first = (position // segment - lookback - 1) * segment  # stream position of the first column of the segments
     live = slice(max(0, -first), position - first)
+    num_written = torch.tensor(max(0, position // segment - lookback))
+    visible = slice(segment + prefix - int(visible_columns(config, num_written)), segment + prefix)
     meaning = []
     for layer in cache.layers:
-        meaning += [tensor[row, :, live] for tensor in layer.state[:2]] + [layer.state.scores[row, live]]
-        meaning += [tensor[row] for memory in layer.state[3:] for tensor in memory]
+        length = layer.state.queries.shape[2] // 2  # of the last tokens of two segments
+        asked = slice(0 if position >= segment else length, length + max(0, position % segment - segment + length))
+        meaning += [segments_alone(states, config)[row, :, live] for states in layer.state[:2]]
+        meaning += [layer.state.scores[row, live], layer.state.queries[row, :, asked]]
+        meaning += [states[row, :, visible] for states in layer.state[:2] if with_prefix]
+        meaning += [tensor[row] for memory in layer.state[4:] for tensor in memory]
     return meaning
 
 
 def assert_same_row(cache: RMTCache, row: int, expected: RMTCache, expected_row: int, config, **tolerance) -> None:
     assert cache.positions[row] == expected.positions[expected_row]
-    pairs = zip(row_state(cache, config, row), row_state(expected, config, expected_row), strict=True)
-    for got, want in pairs:
+    both_fresh = not (cache.is_stale or expected.is_stale)
+    states = (row_state(*which, both_fresh) for which in ((cache, config, row), (expected, config, expected_row)))
+    for got, want in zip(*states, strict=True):
         torch.testing.assert_close(got, want, **(tolerance or CLOSE))
 
 
@@ -120,8 +118,10 @@ def test_columns_of_the_window_at_or_after_the_clock_mean_nothing(models, form):
             for row, position in enumerate(poisoned.positions):
                 first_free = (model.config.num_lookback_segments + 1) * S + position % S
                 for tensor in layer.state[:2]:
-                    tensor[row, :, first_free:] = 1e3
+                    tensor[row, :, model.config.prefix_length + first_free :] = 1e3
                 layer.state.scores[row, first_free:] = 1e3
+                length = layer.state.queries.shape[2] // 2
+                layer.state.queries[row, :, length + max(0, position % S - S + length) :] = 1e3
         for size in (1, 2, 5, S + 1):
             expected, _ = read(model, ids[:, -size:], cache=cache.clone())
             logits, _ = read(model, ids[:, -size:], cache=poisoned.clone())
@@ -330,7 +330,7 @@ def test_one_row_can_begin_a_document_while_the_others_go_on(models, form, cuts)
         cache.reset(rows=torch.tensor([False, True, False]))
         assert cache.positions == [LENGTH, 0, LENGTH]
         for layer in cache.layers:
-            for memory in layer.state[3:]:
+            for memory in layer.state[4:]:
                 assert (memory.strengths[1] == -torch.inf).all()
                 assert (memory.strengths[[0, 2]] > -torch.inf).all()
         logits, cache = read(model, more, cuts, cache=cache)
@@ -459,11 +459,13 @@ def test_bytes_do_not_depend_on_the_length_of_the_stream(form, dtype):
     config, rows = model.config, 3
     item, wide = dtype.itemsize, max(4, dtype.itemsize)  # scores and strengths are float32 or wider
     heads, width, slots = config.num_key_value_heads, config.head_dim, config.num_memory_slots
-    scores = {"select": heads, "mean": 0}[config.memory_write]
-    token = 2 * heads * width * item + (scores * wide if slots else 0)
-    slot = heads * (2 * width * item + wide)
-    # The window and one segment more, and memory before and after the last write, both for a rewind.
-    per_row = (config.num_lookback_segments + 2) * S * token + 2 * slots * slot
+    uses_score, uses_evidence = (any(part[which] for part in config.memory_parts) for which in (1, 2))
+    # The segments that a token sees and one more, for a rewind; the prefix; queries of the last tokens of two segments.
+    columns = (config.num_lookback_segments + 2) * S
+    per_row = (columns + config.prefix_length) * 2 * heads * width * item + columns * heads * wide * uses_score
+    per_row += 2 * config.num_observing_tokens * config.num_attention_heads * width * item * uses_evidence
+    # Memory before and after the last write: key, value, strength and position of each slot.
+    per_row += 2 * slots * heads * (2 * width * item + wide + 8)
     cache = RMTCache(config)
     assert cache.nbytes == 0
     with torch.no_grad():

@@ -34,20 +34,39 @@ def test_labels_of_recall_are_the_facts_beyond_the_window(distance):
         assert sum(label != -100 for label in labels) == asked
 
 
-@pytest.mark.parametrize("base", [evidence.recall_config(), evidence.text_config(1024, 0)])
+BASES = [evidence.recall_config(), evidence.text_config(1024, 0)]
+
+
+@pytest.mark.parametrize("base", BASES, ids=["recall", "text"])
 @pytest.mark.parametrize("name", [name for name, row in evidence.ROWS.items() if row.peer is None])
 def test_forms_have_one_size_and_one_state(name, base):
-    model = evidence.build(evidence.ROWS[name], base, 0)
+    row = evidence.ROWS[name]
+    if row.is_for_text_alone and base.segment_length == evidence.RECALL_SEGMENT:
+        pytest.skip("a row of text alone")
+    model = evidence.build(row, base, 0)
     wanted = num_parameters(evidence.build(evidence.ROWS["default"], base, 0)).non_embedding
-    shared = base.num_hidden_layers * base.hidden_size**2 if name == "shared query" else 0
-    assert abs(num_parameters(model).non_embedding + shared - wanted) < 0.01 * wanted
-    columns = (model.config.num_lookback_segments + 2) * model.config.segment_length
-    if name != "no memory":
-        assert columns + 2 * model.config.num_memory_slots == 3 * base.segment_length + 2 * base.num_memory_slots
+    assert abs(num_parameters(model).non_embedding - wanted) < 0.01 * wanted
+    config = model.config
+    columns = (config.num_lookback_segments + 2) * config.segment_length + 3 * config.num_memory_slots
+    if name != "no memory":  # to a ring group of slots
+        wanted = 3 * base.segment_length + 3 * base.num_memory_slots
+        assert abs(columns - wanted) <= 3 * base.num_slots_per_segment / 2
+
+
+def test_every_row_differs_from_the_default_and_from_every_other():
+    base = BASES[1]
+    found = {}
+    for name, row in evidence.ROWS.items():
+        if row.peer is None:
+            model = evidence.build(row, base, 0)
+            rings = [p.tolist() for n, p in model.named_parameters() if n.endswith(("gate_scale", "fade"))]
+            fields = {key: value for key, value in model.config.to_dict().items() if key != "intermediate_size"}
+            found[name] = json.dumps([fields, rings])
+    assert len(set(found.values())) == len(found)
 
 
 def test_a_finished_run_is_not_done_again_and_the_table_shows_it(tmp_path, capsys):
-    arguments = ["--output-dir", str(tmp_path), "--rows", "reference", "Llama", "--seeds", "0", *TINY]
+    arguments = ["--output-dir", str(tmp_path), "--rows", "default", "Llama", "--seeds", "0", *TINY]
     evidence.main(arguments)
     lines = (tmp_path / "runs.jsonl").read_text("utf-8").splitlines()
     assert len(lines) == 4  # two rows, two tasks
@@ -55,10 +74,10 @@ def test_a_finished_run_is_not_done_again_and_the_table_shows_it(tmp_path, capsy
     evidence.main(arguments)
     assert (tmp_path / "runs.jsonl").read_text("utf-8").splitlines() == lines
     table = (tmp_path / "table.md").read_text("utf-8")
-    assert "|reference|1|" in table and "|Llama|1|" in table
+    assert "|default|1|" in table and "|Llama|1|" in table
     assert (tmp_path / "evidence.png").stat().st_size > 0
     rows = read_runs(tmp_path / "runs.jsonl")["recall"]
-    expected = rows["Llama"][0]["accuracy_8"] - rows["reference"][0]["accuracy_8"]
+    expected = rows["Llama"][0]["accuracy_8"] - rows["default"][0]["accuracy_8"]
     assert differences("recall", rows, "Llama") == [expected]
 
 
@@ -66,20 +85,6 @@ def test_mean_and_standard_error_over_seeds():
     assert mean_and_error([]) == ""
     assert mean_and_error([0.5]) == "0.5000"
     assert mean_and_error([1.0, 2.0, 3.0]) == "2.0000 ± 0.5774"
-
-
-def test_the_stretch_of_the_gate_is_that_of_the_row_while_it_runs(tmp_path, monkeypatch):
-    before, seen = evidence.memory_rmt.GATE_STRETCH, []
-
-    def run_recall(*_) -> dict:
-        seen.append(evidence.memory_rmt.GATE_STRETCH)
-        return {"train_seconds": 0.0, "accuracy_8": 0.0, "accuracy_64": 0.0}
-
-    monkeypatch.setattr(evidence, "run_recall", run_recall)
-    rows = ["plain sigmoid gate", "default"]
-    evidence.main(["--output-dir", str(tmp_path), "--tasks", "recall", "--rows", *rows, "--seeds", "0", *TINY])
-    assert seen == [0.0, before]
-    assert evidence.memory_rmt.GATE_STRETCH == before > 0
 
 
 def test_a_peer_in_our_time_reads_its_share_of_text_alone_and_rows_come_in_order(tmp_path):
@@ -93,12 +98,23 @@ def test_a_peer_in_our_time_reads_its_share_of_text_alone_and_rows_come_in_order
     assert tokens == [round(0.4 * 320 / 32) * 32, 320]
 
 
-def test_gates_and_a_shared_query_are_what_they_say():
-    base = evidence.recall_config()
-    gates = {"default": (-1, [0, -2]), "reference": (1, [0, 0]), "closed fusion gate": (1, [-2, -2])}
-    for name, (memory, fusion) in (gates | {"keeping gate": (-1, [0, 0])}).items():
-        (layer,) = evidence.build(evidence.ROWS[name], base, 0).model.layers
-        assert (layer.self_attn.memory.gate_bias == memory).all()
-        assert layer.self_attn.fusion.gate.bias.tolist() == base.num_attention_heads * fusion
-    (layer,) = evidence.build(evidence.ROWS["shared query"], base, 0).model.layers
-    assert layer.self_attn.memory_q_proj is layer.self_attn.q_proj
+@pytest.mark.parametrize("base", BASES, ids=["recall", "text"])
+def test_parts_groups_and_gates_are_what_they_say(base):
+    slots = base.num_memory_slots
+    built = {
+        name: evidence.build(evidence.ROWS[name], base, 0)
+        for name in evidence.ROWS
+        if evidence.ROWS[name].peer is None and (base is BASES[1] or name != "32 observing tokens")
+    }
+    sizes = {name: [part[0] for part in model.config.memory_parts] for name, model in built.items()}
+    assert sizes["default"] == sizes["score alone"] == sizes["evidence alone"] == [slots]
+    assert sizes["two parts, halves"] == [slots // 2, slots // 2]
+    assert sizes["two parts, a quarter lasting"] == [slots // 4, slots - slots // 4]
+    for name, share in {"one group": 1, "groups of a quarter": 4}.items():
+        assert built[name].config.num_slots_per_segment * share == slots
+        assert built[name].config.chunk_length == base.chunk_length
+    gates = {"default": (1, 0.1), "no fade": (1, 0), "fade 0.4": (1, 0.4), "hard gates": (8, 0.1)}
+    for name, (scale, fade) in gates.items():
+        for layer in built[name].model.layers:
+            (ring,) = layer.self_attn.memory.rings
+            assert (ring.gate_scale == scale).all() and (ring.fade == torch.tensor(fade)).all()

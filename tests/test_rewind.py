@@ -5,23 +5,23 @@ import re
 import pytest
 import torch
 
-from rmt_hf import RMTCache
+from rmt_hf import RMTCache, RMTConfig
 from test_cache_rmt import CLOSE, LENGTH, C, S, assert_same_row, every_form, models, prompts  # noqa: F401  # a fixture
-from tiny import pad_left, read, tiny_ids
+from tiny import pad_left, read, segments_alone, tiny_ids
 
 
 MORE = 5 * S + 3  # tokens read after the rewind: every segment of the window and both memories are new then
 
 
-def assert_same_memory(cache: RMTCache, row: int, expected: RMTCache) -> None:
+def assert_same_memory(cache: RMTCache, row: int, expected: RMTCache, config: RMTConfig) -> None:
     """What attention will read of a row: its window without the segment that is only kept for a rewind, and memory."""
-    position, config = cache.positions[row], cache.fingerprint
+    position, lookback = cache.positions[row], config.num_lookback_segments
     assert position == expected.positions[0]
-    lookback = config["num_lookback_segments"]
     first = S * (1 + max(0, lookback - position // S))
     live = slice(first, (lookback + 1) * S + position % S)
     for ours, theirs in zip(cache.layers, expected.layers, strict=True):
         for got, want in zip(ours.state[:2], theirs.state[:2], strict=True):
+            got, want = (segments_alone(states, config) for states in (got, want))
             torch.testing.assert_close(got[row, :, live], want[0, :, live], **CLOSE)
         torch.testing.assert_close(ours.state.scores[row, live], theirs.state.scores[0, live], **CLOSE)
         for got, want in zip(ours.state.memory, theirs.state.memory, strict=True):
@@ -42,7 +42,7 @@ def test_the_tokens_were_never_there(models, form, columns, with_gradients):  # 
                 _, expected = read(model, ids[:, : before - columns]) if before > columns else (None, None)
                 assert cache.positions == [before - columns] * 2 and cache.get_seq_length() == before - columns
                 for row, alone in enumerate(expected.split() if expected else []):
-                    assert_same_memory(cache, row, alone)
+                    assert_same_memory(cache, row, alone, model.config)
                 logits, cache = read(model, more, further, cache=cache)
                 wanted, expected = read(model, more, cache=expected or RMTCache(model.config))
             torch.testing.assert_close(logits, wanted, **CLOSE)
@@ -85,7 +85,7 @@ def test_ragged_rows_and_padding_among_what_is_taken_back(models, form, columns)
         assert cache.positions == [len(stream) for stream in streams]
         expected = [read(model, stream[None])[1] for stream in streams]
         for row, alone in enumerate(expected):
-            assert_same_memory(cache, row, alone)
+            assert_same_memory(cache, row, alone, model.config)
         logits, cache = read(model, more, (1, 3, S), cache=cache)
         for row, alone in enumerate(expected):
             wanted, alone = read(model, more[row : row + 1], cache=alone)

@@ -23,13 +23,27 @@ SIZES = {
 }
 
 
+# Forms of the model that differ in every field that the state depends on, with rings of four groups, two and one.
+FORMS: dict[str, dict] = {
+    "gated select": {},
+    "two parts": {"num_lasting_slots": 4, "use_attention_sink": True, "use_local_attention": False},
+    "present": {"num_lasting_slots": 0, "num_slots_per_chunk": 2, "num_observing_tokens": 8, "num_key_value_heads": 4},
+    "lasting": {"num_memory_slots": 2, "num_lasting_slots": 2, "use_local_attention": False, "fusion_type": "softmax"},
+    "paper": {"fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
+    "mean": {"memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
+    "no memory": {"num_memory_slots": 0},
+    "sink": {"use_attention_sink": True, "num_memory_slots": 2, "num_key_value_heads": 1},
+}
+
+
 def tiny_config(**overrides) -> RMTConfig:
-    """Chunks of 4, segments of 8, a window of two segments, a ring of four writes; 0 pads."""
+    """Chunks of 4, segments of 8, a window of two segments, one ring of four groups; 0 pads."""
     fields = {
         **SIZES,
         "chunk_length": 4,
         "segment_length": 8,
         "num_memory_slots": 8,
+        "num_observing_tokens": 3,
         "use_qk_norm": False,  # where it is on, tests say so
     }
     return RMTConfig(**(fields | overrides))
@@ -58,10 +72,16 @@ def read(
     cache, logits, start = RMTCache(model.config) if cache is None else cache, [], 0
     for size in filter(None, [*cuts, ids.shape[1] - sum(cuts)]):
         columns = slice(start, start + size)
-        piece_mask = None if mask is None else mask[:, columns]
-        logits.append(model(ids[:, columns], attention_mask=piece_mask, past_key_values=cache).logits)
+        own_mask = None if mask is None else mask[:, columns]
+        logits.append(model(ids[:, columns], attention_mask=own_mask, past_key_values=cache).logits)
         start += size
     return torch.cat(logits, 1), cache
+
+
+def segments_alone(states: torch.Tensor, config: RMTConfig) -> torch.Tensor:
+    """Keys or values of a state, (B, G, columns, D), without the columns of the prefix."""
+    before, _, after = states.split([config.segment_length, config.prefix_length, config.window_length], 2)
+    return torch.cat([before, after], 2)
 
 
 def pad_left(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout, ViewGroup
 from .memory_rmt import RMTMemory, Segments, Slots, at_least_float32, attention_evidence, own_heads, zero_of
-from .state_rmt import LayerState, num_kept_queries
+from .state_rmt import LayerState, StateSizes
 
 
 class RMTRMSNorm(nn.Module):
@@ -30,8 +30,8 @@ class RMTRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         wide = at_least_float32(hidden_states)
-        weight = at_least_float32(self.weight).to(wide.dtype)
-        return F.rms_norm(wide, weight.shape, weight, self.eps).to(hidden_states.dtype)
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (at_least_float32(self.weight) * wide).to(hidden_states.dtype)
 
 
 def rotary_turns(config: RMTConfig) -> torch.Tensor:
@@ -250,7 +250,7 @@ class RMTAttention(nn.Module):
         self.chunk_length, self.num_lookback_segments = config.chunk_length, config.num_lookback_segments
         self.prefix_length, self.num_memory_slots = config.prefix_length, config.num_memory_slots
         self.use_qk_norm, self.use_local_attention = config.use_qk_norm, config.use_local_attention
-        self.is_unified, self.num_kept_queries = config.fusion_type == "gated", num_kept_queries(config)
+        self.is_unified, self.sizes = config.fusion_type == "gated", StateSizes.of(config)
         queries, slots = config.num_attention_heads * head_dim, num_key_value_heads * head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, slots, bias=config.attention_bias)
@@ -287,9 +287,9 @@ class RMTAttention(nn.Module):
         value = self.heads("v", hidden_states)
         scores = at_least_float32(key[:, :, 0, :0]) if self.memory is None else self.memory.scores(hidden_states)
         if state is None:
-            state = LayerState.empty(self.config, key, scores, query)
-        frame = state.cast(key.dtype).extend(layout, self.config, key, value, scores)
-        frame = frame.observe(layout, self.config, query) if layout.num_writes or keep_state else frame
+            state = LayerState.empty(self.sizes, key, scores, query)
+        frame = state.cast(key.dtype).extend(layout, self.sizes, key, value, scores)
+        frame = frame.observe(layout, self.sizes, query) if layout.num_writes or keep_state else frame
         stages = self.write(frame, layout, tables) if layout.num_writes and self.num_memory_slots else None
         prefix = None
         if tables.prefixes is not None:
@@ -329,9 +329,9 @@ class RMTAttention(nn.Module):
             keys = torch.cat([key.to(keys.dtype).expand(shape), keys], 2)
             values = torch.cat([value.to(values.dtype).expand(shape), values], 2)
             order = torch.cat([order.new_full(shape[:4], -1), order], 2)
-        order = order.sort(dim=2, stable=True).indices[..., None]
-        keys = rotate(keys.take_along_dim(order, 2), *turn)
-        return keys.transpose(2, 3), values.take_along_dim(order, 2).transpose(2, 3)
+        order = order.sort(dim=2, stable=True).indices[..., None].expand(keys.shape)
+        keys = rotate(keys.gather(2, order), *turn)
+        return keys.transpose(2, 3), values.gather(2, order).transpose(2, 3)
 
     def read(
         self,
@@ -419,7 +419,7 @@ class RMTAttention(nn.Module):
 
     def write(self, frame: LayerState, layout: CallLayout, tables: Tables) -> list[Slots]:
         """Every stage of memory in a call: see `RMTMemory.forward`. Segment 1 + w of the frame is the w-th written."""
-        memory, count, length = cast(RMTMemory, self.memory), layout.num_writes, self.num_kept_queries
+        memory, count, length = cast(RMTMemory, self.memory), layout.num_writes, self.sizes.queries
         segment, device = self.segment_length, frame.keys.device
         first = segment + (self.prefix_length if layout.num_views == 1 else 0)
         rotated, values = (
@@ -477,5 +477,5 @@ class RMTAttention(nn.Module):
             prefix = (frame.keys[:, :, :0], frame.values[:, :, :0])
         else:
             prefix = tuple(states[:, 0] for states in self.prefix(memory, tables.after))
-        after = frame.close(layout, self.config, cast(Any, prefix))
+        after = frame.close(layout, self.sizes, cast(Any, prefix))
         return after._replace(memory=memory.map(lambda tensor: tensor[:, 0]), previous_memory=before)

@@ -18,7 +18,7 @@ from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout
 from .memory_rmt import Slots
 from .saving_rmt import read_record, read_tensors, state_shapes, write_state
-from .state_rmt import LayerState
+from .state_rmt import LayerState, StateSizes
 
 
 # What a state knows besides its tensors; all of it can be written as JSON.
@@ -68,7 +68,7 @@ class RMTCache(Cache):
     def __init__(self, config: RMTConfig) -> None:
         self.layers: list[RMTCacheLayer]  # type: ignore[assignment]  # all are of our kind
         super().__init__(layers=[RMTCacheLayer() for _ in range(config.num_hidden_layers)])
-        self.fingerprint, self.prefix_length = state_fingerprint(config), config.prefix_length
+        self.fingerprint, self.sizes = state_fingerprint(config), StateSizes.of(config)
         self.positions: list[int] = []
         self.num_columns = 0
         self.num_croppable_columns = 0
@@ -191,7 +191,7 @@ class RMTCache(Cache):
             rows = torch.tensor(crossed)
             for layer in self.layers:
                 state = layer.state
-                layer.state = None if state is None else state.rewind_rows(rows, segment, self.prefix_length)
+                layer.state = None if state is None else state.rewind_rows(rows, self.sizes)
             self.is_stale = True
         # Columns more than S back are not known again: what comes in at the left is never asked for.
         self.recent_is_real = torch.cat([torch.zeros_like(recent[:, :columns]), recent[:, :-columns]], 1)

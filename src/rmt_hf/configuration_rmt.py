@@ -200,6 +200,12 @@ class RMTConfig(PreTrainedConfig):
             names |= {"self_attn.fusion.gate": "colwise", "self_attn.fusion.scale": "colwise"}
         return {f"layers.*.{name}": style for name, style in names.items()}
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As every configuration; where the code is saved with it, too, `auto_map` becomes its own."""
+        if self._auto_class is not None:
+            self.auto_map = dict(self.auto_map)
+        super().save_pretrained(*args, **kwargs)
+
     def validate_architecture(self) -> None:
         """Checks the rules that hold for one field or between several. Called by `@strict` and before saving."""
         at_least = {name: 1 for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}

@@ -56,20 +56,24 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "qwen2": (*LLAMA, *INPUT_BIAS),
     "qwen3": (*LLAMA, *INPUT_BIAS, OUTPUT_BIAS, *QK_NORM),
 }
-# Our tensors that begin as copies of others, and those that begin as zeros; what else is new begins as in a new model.
-COPIES = {
-    LAYER + "self_attn.memory_q_proj.weight": LAYER + "self_attn.q_proj.weight",
-    LAYER + "self_attn.memory_q_proj.bias": LAYER + "self_attn.q_proj.bias",
-    LAYER + "self_attn.memory_q_norm.weight": LAYER + "self_attn.q_norm.weight",
-}
 SINK = (LAYER + "self_attn.sink.key", LAYER + "self_attn.sink.value")
-# A scale of zero keeps memory out; the gate that is multiplied with it can be half open, and learns faster for it.
-ZEROS = (LAYER + "self_attn.fusion.scale", LAYER + "self_attn.fusion.gate.bias", OUTPUT_BIAS)
-NEW = (*COPIES, *ZEROS, *SINK, LAYER + "self_attn.fusion.gate.*", LAYER + "self_attn.memory.*")
+# Gates of memory that keep the strongest tokens of a segment and of a group; a score that knows nothing; a local path
+# that counts for nothing, whose gate can be half open and learns faster for it.
+BEGINNINGS = {
+    LAYER + "self_attn.memory.rings.*.gate_scale": 8.0,
+    LAYER + "self_attn.memory.rings.*.gate_bias": 0.0,
+    LAYER + "self_attn.memory.score_proj.*": 0.0,
+    LAYER + "self_attn.fusion.scale": 0.0,
+    OUTPUT_BIAS: 0.0,
+}
+NEW = (*BEGINNINGS, *SINK, LAYER + "self_attn.fusion.gate.*", LAYER + "self_attn.memory.*")
+SEGMENT_LENGTH = 128  # of a converted model, if nothing else is asked for
+PRESENT_FADE = 0.1  # of a strength, at each segment; lasting tokens do not fade
 # Fields of a configuration that mean the same in both.
 SHARED_FIELDS = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps", "mlp_bias"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout"),
+    "max_position_embeddings",
     *("rope_parameters", "tie_word_embeddings", "initializer_range", "use_cache"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 ]
@@ -114,7 +118,11 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
     rope = dict(known["rope_parameters"])
     if rope.pop("partial_rotary_factor", 1) != 1:
         raise ValueError("rope_parameters: partial_rotary_factor must be 1; ours rotates whole heads.")
-    config = RMTConfig(**{**known, "rope_parameters": rope, "use_attention_sink": True, **fields})
+    segment = fields.get("segment_length", SEGMENT_LENGTH)
+    chunk = fields.get("chunk_length", segment)
+    memory = {"segment_length": segment, "chunk_length": chunk, "num_slots_per_chunk": chunk, "use_attention_sink": True}
+    memory |= {"num_memory_slots": 2 * segment, "num_lasting_slots": 0, "use_local_attention": False}
+    config = RMTConfig(**{**known, "rope_parameters": rope, **memory, **fields})
     config.converted_from = source.to_dict()
     _check_window(source, config)
     return config
@@ -155,15 +163,14 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
     config = config_with_memory(source.config, **fields)
     tensors = source.state_dict()
     model = _load(RMTForCausalLM, config, tensors, source.dtype, new=NEW)
-    own = dict(model.named_parameters())
     with torch.no_grad():
-        for name, parameter in own.items():
-            for pattern, original in COPIES.items():
-                layer = matches(pattern, name)
-                if layer is not None:
-                    parameter.copy_(own[original.replace("*", layer)])
-            if name not in tensors and matches_any(ZEROS, name):
-                parameter.zero_()
+        for name, parameter in model.named_parameters():
+            for pattern, value in BEGINNINGS.items():
+                if name not in tensors and matches(pattern, name) is not None:
+                    parameter.fill_(value)
+        for layer in model.model.layers:
+            for ring in layer.self_attn.memory.rings if config.num_memory_slots else ():
+                ring.fade.fill_(PRESENT_FADE if ring.uses_evidence else 0.0)
     if config.use_attention_sink:
         _copy_sink(source, model)
     if source.generation_config is not None:

@@ -19,13 +19,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed
 
-from . import RMTConfig, RMTForCausalLM, memory_rmt
+from . import RMTConfig, RMTForCausalLM
 from .controls import empty_memories, pass_on_memories, stream_bits
 from .data import cut_into_rows, shakespeare, token_byte_counts, tokenize, train_tokenizer
 from .evaluation import bits_per_byte, token_bits
 from .evidence_report import write_evidence
-from .memory_rmt import RMTMemory
-from .paths_rmt import RMTFusion
+from .memory_rmt import RMTRing
 from .peers import build_peer, num_parameters, read, state_bytes
 from .recall import FIRST_QUESTION, NUM_FACTS, VOCABULARY, answers, noise, place_facts
 from .report import environment
@@ -33,21 +32,7 @@ from .tasks import TaskBatch, accuracy
 
 
 NUM_QUESTIONS = 16
-RECALL_SEGMENT, RECALL_CHUNK = 8, 2  # tokens
-
-
-def set_gates(model: RMTForCausalLM, memory: float | None = None, fusion: float | None = None) -> None:
-    """Sets what memory gates, and gates of the fusion, give before anything is learned: sigmoids of these biases."""
-    for module in model.modules():
-        if isinstance(module, RMTMemory) and memory is not None:
-            torch.nn.init.constant_(module.gate_bias, memory)
-        if isinstance(module, RMTFusion) and hasattr(module, "gate") and fusion is not None:
-            torch.nn.init.constant_(module.gate.bias, fusion)
-
-
-def reference_gates(model: RMTForCausalLM) -> None:
-    """A slot is mostly replaced, and all paths begin half open: the form that the others are one step away from."""
-    set_gates(model, memory=1.0, fusion=0.0)
+RECALL_SEGMENT, RECALL_CHUNK = 16, 4  # tokens
 
 
 class Row(NamedTuple):
@@ -55,19 +40,17 @@ class Row(NamedTuple):
 
     Args:
         fields: Of the configuration that differ from the default; functions of the default configuration.
-        gates: How gates begin.
         prepare: What is done to the new model before it is trained.
         peer: Name of a peer in place of our model, and what `build_peer` is told besides.
-        gate_stretch: How far the sigmoid of the memory gate reaches beyond 0 and 1.
+        is_for_text_alone: Whether recall says nothing about it.
         share: Of the tokens of text that all others read: as many as a slower peer reads in the time of the default
-            row. Such a row is there for text alone.
+            row.
     """
 
     fields: Callable[[RMTConfig], dict[str, Any]] = lambda base: {}
-    gates: Callable[[RMTForCausalLM], None] = reference_gates
     prepare: Callable[[RMTForCausalLM], None] = lambda model: None
     peer: tuple[str, dict[str, Any]] | None = None
-    gate_stretch: float = memory_rmt.GATE_STRETCH
+    is_for_text_alone: bool = False
     share: float = 1.0
 
 
@@ -76,9 +59,31 @@ def fields(**values: Any) -> Callable[[RMTConfig], dict[str, Any]]:
     return lambda base: values
 
 
+def lasting(share: float) -> Callable[[RMTConfig], dict[str, Any]]:
+    """Memory in two parts; `share` of the slots belong to the lasting one."""
+    return lambda base: {"num_lasting_slots": round(share * base.num_memory_slots)}
+
+
+def groups(share: float) -> Callable[[RMTConfig], dict[str, Any]]:
+    """Ring groups of `share` of all slots: more tokens of each chunk are candidates; chunks stay as they are."""
+
+    def candidates(base: RMTConfig) -> dict[str, Any]:
+        num_chunks = base.segment_length // base.chunk_length
+        return {"num_slots_per_chunk": round(share * base.num_memory_slots) // num_chunks}
+
+    return candidates
+
+
 def without_lookback(base: RMTConfig) -> dict[str, Any]:
-    """No segment before the current one; the state bytes that it took go to memory."""
-    return {"num_lookback_segments": 0, "num_memory_slots": base.num_memory_slots + base.segment_length // 2}
+    """No segment before the current one; the state bytes that it took go to memory.
+
+    A slot is there three times: in memory, in memory before the last write, and in the prefix of the window.
+    """
+    group = base.num_slots_per_segment
+    return {
+        "num_lookback_segments": 0,
+        "num_memory_slots": base.num_memory_slots + group * round(base.segment_length / 3 / group),
+    }
 
 
 def paper_form(base: RMTConfig) -> dict[str, Any]:
@@ -86,28 +91,34 @@ def paper_form(base: RMTConfig) -> dict[str, Any]:
     return {"fusion_type": "softmax", "memory_write": "mean", "use_qk_norm": False, **without_lookback(base)}
 
 
-def share_query(model: RMTForCausalLM) -> None:
-    """Memory is asked with the query of attention: one projection less (and so fewer parameters, in this row alone)."""
-    for layer in model.model.layers:
-        layer.self_attn.memory_q_proj = layer.self_attn.q_proj
+def set_rings(model: RMTForCausalLM, **values: float) -> None:
+    """Sets parameters of all rings of memory, by name."""
+    for ring in (module for module in model.modules() if isinstance(module, RMTRing)):
+        for name, value in values.items():
+            torch.nn.init.constant_(getattr(ring, name), value)
 
 
+# The default is one ring whose strength is score and evidence, gates of scale 1 and a fade of 0.1 at the start, 16
+# observing tokens, one candidate a chunk: every other row is one step away from it.
 ROWS = {
-    "default": Row(gates=lambda model: None),  # keeping gate, memory nearly closed
-    "reference": Row(),
+    "default": Row(),
     "no memory": Row(fields(num_memory_slots=0)),
     "paper": Row(paper_form),
-    "softmax fusion": Row(fields(fusion_type="softmax")),
-    "closed fusion gate": Row(prepare=partial(set_gates, fusion=-2.0)),  # sigmoid 0.12, not 0.5
-    "keeping gate": Row(prepare=partial(set_gates, memory=-1.0)),  # 0.22 is replaced, not 0.78
+    "score alone": Row(lasting(1)),
+    "evidence alone": Row(lasting(0)),
+    "two parts, halves": Row(lasting(1 / 2)),
+    "two parts, a quarter lasting": Row(lasting(1 / 4)),
     "mean write": Row(fields(memory_write="mean")),
-    "no lookback": Row(without_lookback),
     "no local path": Row(fields(use_local_attention=False)),
+    "8 observing tokens": Row(fields(num_observing_tokens=8)),
+    "32 observing tokens": Row(fields(num_observing_tokens=32), is_for_text_alone=True),  # no segment is so long
+    "groups of a quarter": Row(groups(1 / 4), is_for_text_alone=True),  # as they are by default
+    "one group": Row(groups(1)),
+    "no fade": Row(prepare=partial(set_rings, fade=0.0)),
+    "fade 0.4": Row(prepare=partial(set_rings, fade=0.4)),
+    "hard gates": Row(prepare=partial(set_rings, gate_scale=8.0)),
+    "no lookback": Row(without_lookback),
     "no query/key norm": Row(fields(use_qk_norm=False)),
-    "two slots per chunk": Row(fields(num_slots_per_chunk=2)),
-    "two slots per double chunk": Row(lambda base: {"num_slots_per_chunk": 2, "chunk_length": 2 * base.chunk_length}),
-    "plain sigmoid gate": Row(gate_stretch=0.0),
-    "shared query": Row(prepare=share_query),
     "Llama": Row(peer=("llama", {})),
     "Mistral, our window": Row(peer=("mistral", {})),
     "Mistral, our state bytes": Row(peer=("mistral", {"equal_state": True})),
@@ -115,9 +126,9 @@ ROWS = {
     "Qwen3, our window": Row(peer=("qwen3_window", {})),
     "Qwen3, our state bytes": Row(peer=("qwen3_window", {"equal_state": True})),
     "Mamba2": Row(peer=("mamba2", {})),
-    "Mamba2, our time": Row(peer=("mamba2", {}), share=0.31),
+    "Mamba2, our time": Row(peer=("mamba2", {}), is_for_text_alone=True, share=0.31),
     "memory tokens": Row(peer=("memory_tokens", {})),
-    "memory tokens, our time": Row(peer=("memory_tokens", {}), share=0.4),
+    "memory tokens, our time": Row(peer=("memory_tokens", {}), is_for_text_alone=True, share=0.4),
 }
 
 
@@ -137,7 +148,6 @@ def build(row: Row, base: RMTConfig, seed: int) -> PreTrainedModel:
         missing = wanted - num_parameters(make(base.intermediate_size)).non_embedding
     set_seed(seed)
     model = make(base.intermediate_size + round(missing / (3 * base.hidden_size * base.num_hidden_layers)))
-    row.gates(model)
     row.prepare(model)
     return model
 
@@ -188,7 +198,7 @@ def train(model: PreTrainedModel, dataset: Any, collator: Any, args: argparse.Na
 
 
 def recall_config() -> RMTConfig:
-    """A window of two segments of 8 tokens and a memory as long."""
+    """A window of two segments of 16 tokens, and as many slots as a segment has tokens."""
     return RMTConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -197,7 +207,7 @@ def recall_config() -> RMTConfig:
         num_attention_heads=4,
         chunk_length=RECALL_CHUNK,
         segment_length=RECALL_SEGMENT,
-        num_memory_slots=8,
+        num_memory_slots=16,
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=None,
@@ -232,7 +242,7 @@ def run_recall(model: PreTrainedModel, seed: int, args: argparse.Namespace) -> d
 
 
 def text_config(vocab_size: int, token_id: int) -> RMTConfig:
-    """A window of 64 tokens, and a memory whose slots come from 512 tokens before it."""
+    """A window of two segments of 32 tokens, and as many slots as a segment has tokens."""
     return RMTConfig(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -241,7 +251,7 @@ def text_config(vocab_size: int, token_id: int) -> RMTConfig:
         num_attention_heads=4,
         chunk_length=8,
         segment_length=32,
-        num_memory_slots=64,
+        num_memory_slots=32,
         initializer_range=0.08,
         tie_word_embeddings=True,
         bos_token_id=token_id,
@@ -308,11 +318,7 @@ def run(task: str, name: str, seed: int, args: argparse.Namespace, text: Text | 
     """One run, ready for JSON."""
     row, base = ROWS[name], recall_config() if text is None else text.config
     model = build(row, base, seed)
-    memory_rmt.GATE_STRETCH, stretch = row.gate_stretch, memory_rmt.GATE_STRETCH
-    try:
-        figures = run_recall(model, seed, args) if text is None else run_text(model, seed, args, text, row.share)
-    finally:
-        memory_rmt.GATE_STRETCH = stretch
+    figures = run_recall(model, seed, args) if text is None else run_text(model, seed, args, text, row.share)
     sizes = {"parameters": num_parameters(model).non_embedding, "state_bytes": state_bytes(model, 1, 4095)}
     figures |= {**sizes, "decode_milliseconds": decode_milliseconds(model)}
     return {"task": task, "row": name, "seed": seed, **figures, "environment": environment(("torch", "transformers"))}
@@ -346,7 +352,7 @@ def main(arguments: list[str] | None = None) -> None:
         for task in args.tasks:
             for name in args.rows:
                 is_there = {"task": task, "row": name, "seed": seed, **settings} in done(file)
-                if is_there or (task == "recall" and ROWS[name].share < 1):
+                if is_there or (task == "recall" and ROWS[name].is_for_text_alone):
                     continue
                 start = time.perf_counter()
                 result = run(task, name, seed, args, text if task == "text" else None)

@@ -9,7 +9,7 @@ from typing import Any
 from .report import write_whole
 
 
-REFERENCE = "reference"  # the form that all others are one step away from
+REFERENCE = "default"  # the form that all others are one step away from
 
 
 def read_runs(file: Path, order: Sequence[str] = ()) -> dict[str, dict[str, dict[int, dict[str, Any]]]]:
@@ -35,7 +35,7 @@ def score(task: str, run: dict[str, Any]) -> float:
 
 
 def differences(task: str, rows: dict[str, dict[int, dict[str, Any]]], name: str) -> list[float]:
-    """Score of a row minus that of the reference, for each seed that both have."""
+    """Score of a row minus that of the default, for each seed that both have."""
     ours, theirs = rows.get(REFERENCE, {}), rows[name]
     return [score(task, theirs[seed]) - score(task, ours[seed]) for seed in sorted(set(ours) & set(theirs))]
 
@@ -48,8 +48,8 @@ def mean_and_error(values: list[float]) -> str:
 
 def table(task: str, rows: dict[str, dict[int, dict[str, Any]]]) -> str:
     """A Markdown table of one task."""
-    columns = ["accuracy, 8 segments", "minus reference", "64 segments"] if task == "recall" else []
-    columns = columns or ["bits per byte", "minus reference", "emptied minus own", "another's minus own"]
+    columns = ["accuracy, 8 segments", "minus default", "64 segments"] if task == "recall" else []
+    columns = columns or ["bits per byte", "minus default", "emptied minus own", "another's minus own"]
     columns = ["", "seeds", *columns, "parameters", "state bytes", "training, CPU s", "decoding, CPU ms"]
     lines = [f"## {task}", "", "|" + "|".join(columns) + "|", "|---" * len(columns) + "|"]
     for name, seeds in rows.items():

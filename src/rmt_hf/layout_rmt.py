@@ -40,10 +40,11 @@ class CallLayout:
         groups: The other views, where all rows stand at one position; empty if every row wants masks of its own.
         offset: With several views: where in its segment every row stands, if all stand at one position.
         places: Where each column lies in the views, 0 .. F * S - 1, (B or 1, T) int64; padding behind real tokens.
+        query_places: Where the query of each column is kept, (B or 1, T) int64: of the last L tokens of every segment,
+            that before view 0 first; one column behind all for the others. None if no column is among them.
         first_views: View in which the document of each view began, negative before the call, (B or 1, F) int64.
         turns: Number of segment ends that each row passes, (B,) int64.
         segments_after: Segment of its document in which each row stands after the call, (B,) int64.
-        observes: Whether some column may be among the last tokens before a write, whose queries are kept.
         is_packed: Whether a document begins inside the call.
         is_real: Which columns are no padding, (B, T) bool; None if all are.
         remembered: Which columns are of the last document of their row, (B, T) bool; None if all are.
@@ -59,10 +60,10 @@ class CallLayout:
     groups: tuple[ViewGroup, ...]
     offset: int | None
     places: torch.Tensor
+    query_places: torch.Tensor | None
     first_views: torch.Tensor
     turns: torch.Tensor
     segments_after: torch.Tensor
-    observes: bool
     is_packed: bool
     is_real: torch.Tensor | None
     remembered: torch.Tensor | None
@@ -166,7 +167,12 @@ def plan_call(
     num_writes = max(end // segment - start // segment for start, end in zip(starts, ends, strict=True))
     lead, groups = _group_views(config, starts[0], num_columns, num_views) if is_uniform else (0, ())
     segments_after = on_device([end // segment for end in ends], device)
-    first_observed = segment - config.num_observing_tokens
+    query_places = None
+    if num_views > 1 or max(offsets) + num_columns > segment - config.num_observing_tokens:
+        length = config.num_observing_tokens
+        kept = places % segment - segment + length
+        query_places = (places // segment + 1) * length + kept
+        query_places = query_places.masked_fill((kept < 0) | (places >= num_views * segment), (num_views + 1) * length)
     return CallLayout(
         num_columns=num_columns,
         num_views=num_views,
@@ -178,10 +184,10 @@ def plan_call(
         groups=groups,
         offset=offsets[0] if is_uniform and num_views > 1 else None,
         places=places,
+        query_places=query_places,
         first_views=first_views,
         turns=first_views[:, -1] + segments_after,
         segments_after=segments_after,
-        observes=num_views > 1 or max(offsets) + num_columns > first_observed,
         is_packed=restarts is not None,
         is_real=is_real,
         remembered=remembered if restarts is not None else None,

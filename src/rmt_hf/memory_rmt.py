@@ -39,9 +39,9 @@ class Slots(NamedTuple):
 
     def take(self, indices: torch.Tensor, axis: int) -> "Slots":
         """The slots at `indices` (..., K, G) along the slot axis."""
-        wide = indices[..., None]
-        states = (tensor.take_along_dim(wide, axis) for tensor in self[:2])
-        return Slots(*states, *(tensor.take_along_dim(indices, axis) for tensor in self[2:]))
+        wide = indices[..., None].expand(*indices.shape, self.keys.shape[-1])
+        states = (tensor.gather(axis, wide) for tensor in self[:2])
+        return Slots(*states, *(tensor.gather(axis, indices) for tensor in self[2:]))
 
     def forget(self, hidden: torch.Tensor) -> "Slots":
         """The slots, those where `hidden`, (..., M) bool, is True as if they had never been written."""

@@ -15,6 +15,31 @@ from .layout_rmt import CallLayout
 from .memory_rmt import Slots, at_least_float32, where_rows
 
 
+class StateSizes(NamedTuple):
+    """Plain numbers of a configuration, each look into which costs 3 µs.
+
+    Args:
+        segment: S.
+        columns: (N + 2) * S.
+        prefix: P.
+        slots: M.
+        queries: L, or 0 where no part of memory asks for evidence.
+    """
+
+    segment: int
+    columns: int
+    prefix: int
+    slots: int
+    queries: int
+
+    @staticmethod
+    def of(config: RMTConfig) -> "StateSizes":
+        """The sizes of the state of one layer."""
+        queries = config.num_observing_tokens if any(uses for *_, uses in config.memory_parts) else 0
+        columns = config.window_length + config.segment_length
+        return StateSizes(config.segment_length, columns, config.prefix_length, config.num_memory_slots, queries)
+
+
 class LayerState(NamedTuple):
     """The state of one layer, for a row that stands in segment t of its stream.
 
@@ -71,42 +96,40 @@ class LayerState(NamedTuple):
         return LayerState.from_tensors([torch.cat(tensors) for tensors in pairs])
 
     @staticmethod
-    def empty(config: RMTConfig, keys: torch.Tensor, scores: torch.Tensor, queries: torch.Tensor) -> "LayerState":
+    def empty(sizes: StateSizes, keys: torch.Tensor, scores: torch.Tensor, queries: torch.Tensor) -> "LayerState":
         """The state of streams that have read nothing; keys (B, T, G, D), scores and queries are those of a call."""
         batch, _, heads, width = keys.shape
-        window = keys.new_zeros(batch, heads, config.window_length + config.segment_length + config.prefix_length, width)
-        num_scores = config.window_length + config.segment_length
-        memory = Slots.empty(keys, config.num_memory_slots)
-        return LayerState(
-            keys=window,
-            values=window.clone(),
-            scores=at_least_float32(scores).new_zeros(batch, num_scores, scores.shape[2]),
-            queries=queries.new_zeros(batch, queries.shape[2], 2 * num_kept_queries(config), width),
+        window, memory = (batch, heads, sizes.columns + sizes.prefix, width), Slots.empty(keys, sizes.slots)
+        return LayerState(  # zeros that take no memory before they are written to
+            keys=keys.new_zeros(()).expand(window),
+            values=keys.new_zeros(()).expand(window),
+            scores=at_least_float32(scores).new_zeros(()).expand(batch, sizes.columns, scores.shape[2]),
+            queries=queries.new_zeros(batch, queries.shape[2], 2 * sizes.queries, width),
             memory=memory,
             previous_memory=memory.map(torch.clone),
         )
 
     def extend(
-        self, layout: CallLayout, config: RMTConfig, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor
+        self, layout: CallLayout, sizes: StateSizes, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor
     ) -> "LayerState":
         """The state with the tokens of a call, (B, T, ...), and without the prefix F - 1 segments more.
 
         With one view, columns are written in place where no gradient needs what is there.
         """
-        segment, prefix = config.segment_length, config.prefix_length
-        first, num_more = self.scores.shape[1] - segment, (layout.num_views - 1) * segment
+        segment, prefix = sizes.segment, sizes.prefix
+        first, num_more = sizes.columns - segment, (layout.num_views - 1) * segment
 
-        def put(old: torch.Tensor, axis: int, new: torch.Tensor, first: int) -> torch.Tensor:
-            columns = first + layout.places
+        def put(old: torch.Tensor, axis: int, new: torch.Tensor, skip: int = 0) -> torch.Tensor:
             if num_more and layout.offset is not None:
-                parts = [old.narrow(axis, 0, first + layout.offset), new]
-                missing = first + segment + num_more - sum(part.shape[axis] for part in parts)
+                parts = [old.narrow(axis, 0, segment), old.narrow(axis, segment + skip, first - segment + layout.offset)]
+                missing = first + segment + num_more - first - layout.offset - new.shape[axis]
                 shape = [missing if i == axis else size for i, size in enumerate(new.shape)]
-                return torch.cat([*parts, new.new_zeros(shape)] if missing else parts, axis)
+                return torch.cat([*parts, new, new.new_zeros(shape)] if missing else [*parts, new], axis)
             if num_more:
-                old = F.pad(old, (*[0, 0] * (old.dim() - 1 - axis), 0, num_more))
-            elif needs_copy(old):
-                old = old.clone()
+                old = without_prefix(old, segment, skip) if skip else old
+                old, columns = F.pad(old, (*[0, 0] * (old.dim() - 1 - axis), 0, num_more)), first + layout.places
+            else:
+                old, columns = (old.clone(memory_format=torch.contiguous_format) if needs_copy(old) else old), first + skip + layout.places
             if len(columns) == 1:
                 return old.index_copy_(axis, columns[0], new)
             if axis == 1:
@@ -114,27 +137,20 @@ class LayerState(NamedTuple):
             heads = torch.arange(old.shape[1], device=columns.device)[:, None]
             return old.index_put_((layout.rows[:, None], heads, columns[:, None]), new)
 
-        keys, values = self.keys, self.values
-        if num_more:
-            keys, values = (without_prefix(states, segment, prefix) for states in (keys, values))
-        at = first if num_more else first + prefix
         return self._replace(
-            keys=put(keys, 2, key.transpose(1, 2), at),
-            values=put(values, 2, value.transpose(1, 2), at),
-            scores=put(self.scores, 1, scores, first),
+            keys=put(self.keys, 2, key.transpose(1, 2), prefix),
+            values=put(self.values, 2, value.transpose(1, 2), prefix),
+            scores=put(self.scores, 1, scores),
         )
 
-    def observe(self, layout: CallLayout, config: RMTConfig, query: torch.Tensor) -> "LayerState":
+    def observe(self, layout: CallLayout, sizes: StateSizes, query: torch.Tensor) -> "LayerState":
         """The state with the queries (B, T, H, D) of the last L tokens of each view: (B, H, (F + 1) * L, D)."""
-        segment, length = config.segment_length, num_kept_queries(config)
-        if not (length and layout.observes):
+        length = sizes.queries
+        if not length or layout.query_places is None:
             return self
-        num_columns = (layout.num_views + 1) * length
-        query = query.detach().transpose(1, 2)
+        num_columns, query = (layout.num_views + 1) * length, query.detach().transpose(1, 2)
         queries = F.pad(self.queries, (0, 0, 0, num_columns + 1 - self.queries.shape[2]))  # the last is for no use
-        offsets = layout.places % segment - (segment - length)
-        columns = layout.places // segment * length + length + offsets
-        columns = columns.masked_fill((offsets < 0) | (layout.places >= layout.num_views * segment), num_columns)
+        columns = layout.query_places
         heads = torch.arange(queries.shape[1], device=columns.device)[:, None]
         if len(columns) == 1:
             queries = queries.index_copy(2, columns[0], query)
@@ -142,15 +158,15 @@ class LayerState(NamedTuple):
             queries = queries.index_put((layout.rows[:, None], heads, columns[:, None]), query)
         return self._replace(queries=queries[:, :, :num_columns])
 
-    def close(self, layout: CallLayout, config: RMTConfig, prefix: tuple[torch.Tensor, torch.Tensor]) -> "LayerState":
+    def close(self, layout: CallLayout, sizes: StateSizes, prefix: tuple[torch.Tensor, torch.Tensor]) -> "LayerState":
         """The state after a call that has passed segment ends: the window of each row from the segment it has come to.
 
         Args:
             layout: Of the call.
-            config: Of the model.
+            sizes: Of the state.
             prefix: Keys and values (B, G, P, D) of the memory after the call.
         """
-        segment, size = config.segment_length, config.window_length + config.segment_length
+        segment, size = sizes.segment, sizes.columns
         plain = layout.num_views == 1
 
         def cut(states: torch.Tensor, axis: int, segment: int, size: int) -> torch.Tensor:
@@ -164,18 +180,18 @@ class LayerState(NamedTuple):
             if layout.is_packed:  # what is before the last document of a row
                 num_before = size // segment - 1
                 outside |= columns < (layout.first_views[:, -1:] + num_before) * segment
-            columns = columns.clamp_max(states.shape[axis] - 1)
-            shape = [len(columns), *[1] * (states.dim() - 1)]
-            shape[axis] = size
-            outside = outside.view(shape)
-            return states.take_along_dim(columns.view(shape), axis).masked_fill(outside, 0)
+            shape = [size if i == axis else 1 for i in range(states.dim())]
+            shape[0] = len(columns)
+            whole = [size if i == axis else length for i, length in enumerate(states.shape)]
+            columns = columns.clamp_max(states.shape[axis] - 1).view(shape).expand(whole)
+            return states.gather(axis, columns).masked_fill(outside.view(shape), 0)
 
-        both = (without_prefix(states, segment, config.prefix_length) if plain else states for states in self[:2])
+        both = (without_prefix(states, segment, sizes.prefix) if plain else states for states in self[:2])
         keys, values = (
             torch.cat([states[:, :, :segment], new, states[:, :, segment:]], 2)
             for states, new in zip((cut(states, 2, segment, size) for states in both), prefix, strict=True)
         )
-        scores, length = cut(self.scores, 1, segment, size).contiguous(), num_kept_queries(config)
+        scores, length = cut(self.scores, 1, segment, size).contiguous(), sizes.queries
         queries = cut(self.queries, 2, length, 2 * length).contiguous() if length else self.queries
         return self._replace(keys=keys, values=values, scores=scores, queries=queries)
 
@@ -188,12 +204,12 @@ class LayerState(NamedTuple):
         )
         return self._replace(keys=keys, values=values)
 
-    def rewind_rows(self, rows: torch.Tensor, segment: int, prefix: int) -> "LayerState":
+    def rewind_rows(self, rows: torch.Tensor, sizes: StateSizes) -> "LayerState":
         """The state with the rows where `rows`, (B,) bool, is True a segment back, their last write undone.
 
         The prefix of these rows is out of date.
         """
-        rows = rows.to(self.keys.device)
+        rows, segment, prefix = rows.to(self.keys.device), sizes.segment, sizes.prefix
 
         def shift(old: torch.Tensor, axis: int, size: int) -> torch.Tensor:
             kept = old.narrow(axis, 0, old.shape[axis] - size)
@@ -220,18 +236,15 @@ class LayerState(NamedTuple):
         return LayerState(*tensors, self.memory.forget(hidden), self.previous_memory.forget(hidden))
 
 
-def num_kept_queries(config: RMTConfig) -> int:
-    """L, or 0 where no part of memory asks for evidence."""
-    return config.num_observing_tokens if any(uses for *_, uses in config.memory_parts) else 0
-
-
 def without_prefix(states: torch.Tensor, segment: int, prefix: int) -> torch.Tensor:
     """Keys or values of a state, (B, G, columns, D), the segments alone."""
     return torch.cat([states[:, :, :segment], states[:, :, segment + prefix :]], 2) if prefix else states
 
 
 def needs_copy(window: torch.Tensor) -> bool:
-    """Whether a window may not be written in place: a gradient needs what it holds, or inference mode made it."""
+    """Whether a window may not be written in place: a gradient needs it, inference mode made it, or it is no memory."""
+    if window.stride(-1) == 0:
+        return True
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
     return window.is_inference() and not torch.is_inference_mode_enabled()

@@ -13,7 +13,7 @@ from rmt_hf import RMTConfig
 
 OWN_FIELDS = [name for name in RMTConfig.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
 
-# One value for each field that is valid and not the default.
+# One value for each field that is valid and not the default; what a "mean" write excludes apart from the others.
 UNUSUAL = {
     "vocab_size": 99,
     "hidden_size": 40,
@@ -25,6 +25,7 @@ UNUSUAL = {
     "hidden_act": "gelu",
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.1,
+    "max_position_embeddings": 99,
     "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0},
     "attention_bias": True,
     "attention_dropout": 0.25,
@@ -38,14 +39,16 @@ UNUSUAL = {
     "segment_length": 12,
     "num_lookback_segments": 2,
     "num_memory_slots": 24,
+    "num_lasting_slots": 18,
+    "num_observing_tokens": 5,
     "num_slots_per_chunk": 3,
-    "memory_write": "mean",
     "fusion_type": "softmax",
     "use_local_attention": False,
     "use_qk_norm": False,
     "use_attention_sink": True,
     "use_chunked_loss": True,
 }
+UNUSUAL_MEAN = UNUSUAL | {"memory_write": "mean", "num_lasting_slots": None}
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def test_no_argument_is_needed_and_nothing_is_said(logged, capfd):
 
 AT_LEAST = {
     1: "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "chunk_length segment_length num_slots_per_chunk",
+    "chunk_length segment_length num_slots_per_chunk num_observing_tokens max_position_embeddings",
     0: "num_lookback_segments num_memory_slots initializer_range attention_dropout",
 }
 BELOW_THE_LEAST = [(name, least) for least, names in AT_LEAST.items() for name in names.split()]
@@ -97,11 +100,19 @@ LLAMA3["original_max_position_embeddings"] = 8192
             "num_attention_heads (12) must be a multiple of num_key_value_heads (5): 10 is the nearest.",
         ),
         ({"segment_length": 200}, "segment_length (200) must be a multiple of chunk_length (64): 192 is the nearest."),
-        ({"segment_length": 8}, "segment_length (8) must be a multiple of chunk_length (64): 64 is the nearest."),
+        ({"segment_length": 32}, "segment_length (32) must be a multiple of chunk_length (64): 64 is the nearest."),
         (
             {"num_memory_slots": 30},
             "num_memory_slots (30) must be a multiple of num_slots_per_chunk * segment_length / chunk_length (4): 32",
         ),
+        (
+            {"num_lasting_slots": 30},
+            "num_lasting_slots (30) must be a multiple of num_slots_per_chunk * segment_length / chunk_length (4): 32",
+        ),
+        ({"num_lasting_slots": 68}, "num_lasting_slots must be from 0 to num_memory_slots (64), and None with"),
+        ({"num_lasting_slots": -4}, 'and None with memory_write="mean", got -4.'),
+        ({"num_lasting_slots": 32, "memory_write": "mean"}, 'and None with memory_write="mean", got 32.'),
+        ({"num_observing_tokens": 257}, "num_observing_tokens must be at most segment_length (256), got 257."),
         (
             {"memory_write": "mean", "num_slots_per_chunk": 3, "num_memory_slots": 12},
             "chunk_length (64) must be a multiple of num_slots_per_chunk (3): 63 is the nearest.",
@@ -172,20 +183,43 @@ def test_optional_fields_follow_the_others():
     assert (config.num_key_value_heads, config.head_dim) == (2, 10)
     assert config.num_slots_per_segment == 6  # 3 for each of 2 chunks
     assert config.window_length == 36  # the current segment and 2 before it
+    assert config.prefix_length == 25  # slots and sink
 
 
-def test_every_field_survives_a_round_trip(tmp_path):
-    assert set(UNUSUAL) == set(OWN_FIELDS)
-    config = RMTConfig(**UNUSUAL)
+@pytest.mark.parametrize(
+    ("fields", "parts"),  # slots, whether the score counts, whether the evidence does
+    [
+        ({}, ((64, True, True),)),
+        ({"num_lasting_slots": 16}, ((16, True, False), (48, False, True))),
+        ({"num_lasting_slots": 0}, ((64, False, True),)),
+        ({"num_lasting_slots": 64}, ((64, True, False),)),
+        ({"memory_write": "mean"}, ((64, False, False),)),
+        ({"num_memory_slots": 0}, ()),
+        ({"num_memory_slots": 0, "num_lasting_slots": 0}, ()),
+    ],
+)
+def test_parts_of_memory(fields, parts):
+    assert RMTConfig(**fields).memory_parts == parts
+
+
+@pytest.mark.parametrize("fields", [UNUSUAL, UNUSUAL_MEAN], ids=["select", "mean"])
+def test_every_field_survives_a_round_trip(fields, tmp_path):
+    config = RMTConfig(**fields)
     config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text("utf-8"))
     for loaded in (RMTConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path), RMTConfig(**written)):
         assert type(loaded) is RMTConfig
-        assert {name: getattr(loaded, name) for name in UNUSUAL} == UNUSUAL
+        assert {name: getattr(loaded, name) for name in fields} == fields
         same = {**config.to_dict(), "_name_or_path": loaded._name_or_path}
         assert loaded.to_dict() == {**same, "transformers_version": loaded.transformers_version}
-    assert {name: written[name] for name in UNUSUAL} == UNUSUAL
+    assert {name: written[name] for name in fields} == fields
     assert written["model_type"] == "rmt"
+
+
+def test_unusual_values_are_of_every_field_and_unusual():
+    default = RMTConfig()
+    unusual = [name for name, value in UNUSUAL_MEAN.items() if value != getattr(default, name)]
+    assert {*unusual, "num_lasting_slots"} == set(OWN_FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -228,3 +262,17 @@ def test_a_keyword_near_a_field_is_warned_about(misspelt, meant, logged):
 def test_keywords_near_no_field_are_kept_in_silence(logged):
     assert RMTConfig(num_labels=3, task_note="mine").task_note == "mine"
     assert logged.messages == []
+
+
+def test_a_configuration_has_an_auto_map_of_its_own_once_code_is_saved_with_it(tmp_path, monkeypatch):
+    """TRL reads the attribute of every configuration; it must neither be shared nor written where it says nothing."""
+    assert RMTConfig().auto_map == RMTConfig.auto_map == {}
+    RMTConfig().save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert RMTConfig.from_pretrained(tmp_path).auto_map == {}
+    monkeypatch.setattr(RMTConfig, "_auto_class", "AutoConfig")  # as `register_for_auto_class` does
+    config = RMTConfig()
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert written["auto_map"] == config.auto_map == {"AutoConfig": "configuration_rmt.RMTConfig"}
+    assert RMTConfig().auto_map == RMTConfig.auto_map == {}

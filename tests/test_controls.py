@@ -1,11 +1,10 @@
-"""Memory controls: each does to a memory what it says, to the last bit, and streams are read with what it left."""
+"""Ablations of memory: each does to a memory what it says, to the last bit, and streams are read with what it left."""
 
 import pytest
 import torch
 
-from rmt_hf import RMTCache
+from rmt_hf import RMTCache, RMTForCausalLM
 from rmt_hf.controls import (
-    edit_memories,
     empty_memories,
     freeze_memories,
     pass_on_memories,
@@ -13,12 +12,13 @@ from rmt_hf.controls import (
     swap_memories,
 )
 from rmt_hf.evaluation import bits_of, token_bits
-from rmt_hf.memory_rmt import ReadableMemory, Slots
-from tiny import read, tiny_ids, tiny_model
+from rmt_hf.memory_rmt import Slots
+from tiny import FORMS, read, segments_alone, tiny_config, tiny_ids, tiny_model
 
 
 CLOSE = {"atol": 1e-12, "rtol": 0}  # float64: sums in another order
 S = 8
+NO_MEMORY = {"num_memory_slots": 0, "num_lasting_slots": None}
 
 
 def memories(cache: RMTCache) -> list[torch.Tensor]:
@@ -33,14 +33,12 @@ def model_that_says_its_memory():
     """One layer with one head, as wide as the vocabulary: it says the token whose one-hot vector the slots hold."""
     sizes = {"hidden_size": 16, "vocab_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
     model = tiny_model(num_hidden_layers=1, use_local_attention=False, **sizes)
-    attention, weights = model.model.layers[0].self_attn, model.state_dict()
-    for name in ("v_proj", "memory_q_proj"):
-        weights[f"model.layers.0.self_attn.{name}.weight"].zero_()  # only memory has anything to say, whatever is asked
-    weights["model.layers.0.mlp.down_proj.weight"].zero_()
+    weights = model.state_dict()
+    for name in ("self_attn.v_proj", "mlp.down_proj"):
+        weights[f"model.layers.0.{name}.weight"].zero_()  # only what is put into memory has anything to say
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.o_proj.weight"):
         weights[name].copy_(torch.eye(16))
     model.model.norm.weight.data.fill_(1.0)
-    attention.fusion.scale.data.fill_(1.0)
     return model
 
 
@@ -50,8 +48,9 @@ def test_a_swap_swaps_the_answers(num_read):
     model, answers = model_that_says_its_memory(), torch.tensor([3, 7, 11, 5])
     _, cache = read(model, torch.randint(1, 16, (1, num_read)).expand(4, -1))
     values = 100 * torch.eye(16).double()[answers][:, None, None].expand(4, 8, 1, 16)
-    written = Slots(torch.zeros_like(values), values, torch.zeros(4, 8, 1).double())
-    edit_memories(cache, lambda slots: written)
+    places = torch.arange(8)[None, :, None].expand(4, -1, 1)
+    written = Slots(torch.zeros_like(values), values, torch.zeros(4, 8, 1).double(), places)
+    cache.edit_memory(lambda slots: written)
 
     def say(cache: RMTCache) -> list[int]:
         return model(torch.ones(4, 1, dtype=torch.int64), past_key_values=cache).logits[:, -1].argmax(-1).tolist()
@@ -100,23 +99,86 @@ def test_two_swaps_are_none_and_a_rewind_keeps_one():
     assert same(memories(swapped), [tensor.flip(0) for tensor in memories(cache)])
 
 
+@pytest.mark.parametrize("pads", [(0, 0), (0, S)], ids=["all rows at one position", "rows at two"])
+@pytest.mark.parametrize("form", ["gated select", "two parts", "present", "mean", "sink"])
 @torch.no_grad()
-def test_an_emptied_memory_reads_exactly_zero():
-    model, ids = tiny_model(), tiny_ids(3, 7 * S)
+def test_an_emptied_memory_is_none(form, pads):
+    """Sink and window alone are seen, as by the same weights without memory, whatever the slots hold."""
+    model, ids = tiny_model(**FORMS[form]), tiny_ids(2, 9 * S)
+    without = RMTForCausalLM(tiny_config(**FORMS[form] | NO_MEMORY)).double().eval()
+    without.load_state_dict(model.state_dict(), strict=False)
+    mask = torch.arange(9 * S) >= torch.tensor(pads)[:, None]
+    cache, expected, start = RMTCache(model.config), RMTCache(without.config), 0
+    for size in [S, S, S, 3, S - 3, *[1] * S, S, 1, S - 1, S - 1, 1, S]:  # none that sees what it has written itself
+        columns, own_mask = ids[:, start : start + size], mask[:, start : start + size]
+        found, wanted = (
+            read(each, columns, [], state, own_mask)[0] for each, state in ((model, cache), (without, expected))
+        )
+        torch.testing.assert_close(found[own_mask], wanted[own_mask], **CLOSE)
+        empty_memories(cache)
+        cache.edit_memory(lambda slots: slots._replace(keys=slots.keys + 5, values=slots.values - 7))
+        start += size
+
+
+def memory_of(cache: RMTCache):
+    """An edit that gives every layer the memory of another state."""
+    slots = (layer.state.memory.map(torch.clone) for layer in cache.layers for _ in range(2))
+    return lambda _: next(slots)
+
+
+@pytest.mark.parametrize("held", [(0, 0), (1, 1), (3, 3), (5, 5), (0, 2), (1, 6)], ids=str)
+@pytest.mark.parametrize("form", [{"num_lasting_slots": 8}, {"memory_write": "mean"}], ids=["lasting", "mean"])
+@torch.no_grad()
+def test_a_memory_of_fewer_writes_is_read_as_it_is(form, held):
+    """One layer, and strengths that do not ask the present: as if only what was written, and the window, were there.
+
+    Each row has a number of writes of its own. The state goes on in calls of several sizes, back over a segment end,
+    to a folder, among other rows.
+    """
+    model, ids, more = tiny_model(num_hidden_layers=1, **form), tiny_ids(2, 9 * S), tiny_ids(2, 6 * S + 3, seed=1)
+
+    def said(window: slice) -> torch.Tensor:
+        """Logits of what comes, by streams that have read what is written and the window."""
+        rows = [torch.cat([row[: n * S], row[window], new]) for row, n, new in zip(ids, held, more, strict=True)]
+        return torch.cat([read(model, row[None])[0][:, -more.shape[1] :] for row in rows])
+
+    expected = said(slice(8 * S, None))
     _, cache = read(model, ids)
-    full, windows = memories(cache), [layer.state.keys.clone() for layer in cache.layers]
+    writers = [model.memorize(row[None, : (n + 1) * S]) for row, n in zip(ids, held, strict=True)]
+    cache.edit_memory(memory_of(RMTCache.stack(writers)))
+    for cuts in ([], [S, S, 1, 1, 2 * S], [3, S - 2, 3]):
+        found, _ = read(model, more, cuts, cache.clone())
+        torch.testing.assert_close(found, expected, **CLOSE)
+    there_and_back = cache.clone()
+    read(model, tiny_ids(2, S, seed=2), [3], there_and_back)
+    there_and_back.crop(-S)
+    torch.testing.assert_close(read(model, more, [], there_and_back)[0], expected, **CLOSE)
+    back = cache.clone()
+    back.crop(-3)
+    torch.testing.assert_close(read(model, more, [], back)[0], said(slice(7 * S, -3)), **CLOSE)
+    rows = RMTCache.stack([cache, *cache.split()])
+    rows.batch_repeat_interleave(2)
+    rows.batch_select_indices(torch.tensor([7, 4, 0, 3]))
+    found, _ = read(model, more[[1, 0, 0, 1]], [S + 2], rows)
+    torch.testing.assert_close(found, expected[[1, 0, 0, 1]], **CLOSE)
+    rows.reset(torch.tensor([True, False, True, True]))
+    found, _ = read(model, ids[:1].expand(4, -1), [], rows)
+    torch.testing.assert_close(found[[0, 2]], read(model, ids[[0, 0]])[0], **CLOSE)
+
+
+@torch.no_grad()
+def test_an_edited_memory_is_saved_and_ends_with_its_document(tmp_path):
+    model, ids, more = tiny_model(), tiny_ids(2, 9 * S), tiny_ids(2, 6 * S, seed=1)
+    _, cache = read(model, ids)
     empty_memories(cache)
-    for layer, state in zip(model.model.layers, (layer.state for layer in cache.layers), strict=True):
-        queries = torch.randn(3 * 2, 2, 8, dtype=torch.float64)
-        assert not layer.self_attn.memory.recall(queries, ReadableMemory.of(state.memory, torch.float64), 0.3).any()
-        assert layer.self_attn.memory.recall(
-            queries, ReadableMemory.of(cache.layers[0].state.memory._replace(strengths=full[2]), torch.float64), 0.3
-        ).any()
-    assert same([layer.state.keys for layer in cache.layers], windows)
-    garbage = cache.clone()
-    edit_memories(garbage, lambda slots: Slots(slots.keys + 5, slots.values - 7, slots.strengths))
-    expected, _ = read(model, tiny_ids(3, 2 * S), cache=cache)
-    assert torch.equal(read(model, tiny_ids(3, 2 * S), cache=garbage)[0], expected)
+    cache.save_pretrained(tmp_path)
+    expected, _ = read(model, more, [], cache.clone())
+    assert torch.equal(read(model, more, [], RMTCache.from_pretrained(tmp_path, model))[0], expected)
+    positions = torch.cat([9 * S + torch.arange(2 * S), torch.arange(4 * S)])[None]
+    model(more, position_ids=positions, past_key_values=cache)
+    _, wanted = read(model, more[:, 2 * S :])
+    found = model(more, past_key_values=cache).logits
+    torch.testing.assert_close(found, model(more, past_key_values=wanted).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("num_tokens", [0, S - 1, S, 5 * S, 5 * S + 3, 100 * S])
@@ -136,7 +198,8 @@ def test_a_frozen_memory_stays_bit_for_bit(num_lookback_segments, num_tokens):
     else:
         assert all((layer.state.memory.strengths == -torch.inf).all() for layer in cache.layers)
     _, plain = read(model, ids, [S] * 8)
-    assert same([cache.layers[0].state.keys], [plain.layers[0].state.keys])  # the window goes on
+    windows = (segments_alone(each.layers[0].state.keys, model.config) for each in (cache, plain))
+    assert torch.equal(*windows)  # goes on
     assert same(memories(cache), memories(plain)) == (kept == 9)
 
 
@@ -157,24 +220,24 @@ def test_streams_are_read_with_what_the_controls_left(num_lookback_segments):
     )
     torch.testing.assert_close(bits["own"], token_bits(model, ids), **CLOSE)
     assert torch.equal(bits["untouched"], bits["own"])
-    caches = {name: RMTCache(model.config) for name in bits}
+    caches, kept = {name: RMTCache(model.config) for name in bits}, RMTCache(model.config)
     for start in range(0, 59, S):
         own = caches["own"].clone()
         for name, cache in caches.items():
-            for layer, own_layer in zip(cache.layers, own.layers, strict=True):
-                if start and name != "own":
-                    memory = own_layer.state.memory
-                    if name == "empty":
-                        memory = memory._replace(strengths=torch.full_like(memory.strengths, -torch.inf))
-                    elif name in ("other", "swapped"):
-                        order = [1, 2, 3, 0] if name == "other" else [1, 0, 3, 2]
-                        memory = Slots(*(tensor[order] for tensor in memory))
-                    elif name == "frozen" and start > 3 * S:
-                        memory = layer.kept
-                    layer.kept = memory
-                    layer.state = layer.state._replace(memory=memory)
-            piece, targets = ids[:, start : start + S], ids[:, start + 1 : start + S + 1]
-            expected = bits_of(read(model, piece, cache=cache)[0][:, : targets.shape[1]], targets)
+            if start and name != "own":
+                cache.edit_memory(memory_of(own))
+                if name == "empty":
+                    cache.edit_memory(lambda slots: Slots.empty(slots.keys, slots.keys.shape[1]))
+                elif name in ("other", "swapped"):
+                    order = [1, 2, 3, 0] if name == "other" else [1, 0, 3, 2]
+                    cache.edit_memory(lambda slots, order=order: slots.map(lambda tensor: tensor[order]))
+                elif name == "frozen" and start > 3 * S:
+                    cache.edit_memory(memory_of(kept))
+                elif name == "frozen":
+                    kept = own
+            targets = ids[:, start + 1 : start + S + 1]
+            logits, _ = read(model, ids[:, start : start + S], cache=cache)
+            expected = bits_of(logits[:, : targets.shape[1]], targets)
             torch.testing.assert_close(bits[name][:, start : start + S], expected, **CLOSE)
     for name in ("empty", "other", "swapped", "frozen"):
         assert (bits[name][:, -S:] - bits["own"][:, -S:]).abs().max() > 1e-3, name

@@ -394,9 +394,9 @@ class NoEcho(LogitsProcessor):
         return scores.scatter(-1, input_ids[:, -4:], -INFINITY)
 
 
-class DivisibleBy11(StoppingCriteria):
+class DivisibleBy13(StoppingCriteria):
     def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs) -> torch.Tensor:
-        return input_ids[:, -1] % 11 == 0
+        return input_ids[:, -1] % 13 == 0
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -442,14 +442,16 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 def test_rows_stop_where_each_of_them_would(model, how):
     """The longest row is done when all are; with an id of the end, which never comes, others are padded until then."""
     tokenizer = character_tokenizer()
-    plain = [write(model, prompt, STEPS)[0, -STEPS:].tolist() for prompt in ragged()]
+    whole = [write(model, prompt, STEPS)[0].tolist() for prompt in ragged()]
+    plain = [row[-STEPS:] for row in whole]
     strings = [tokenizer.decode(row[4 + 2 * number : 6 + 2 * number]) for number, row in enumerate(plain[:-1])]
     if how == "string":
         options = {"stop_strings": strings, "tokenizer": tokenizer}
-        stops = [[tokenizer.decode(row[:n]).endswith(tuple(strings)) for n in range(1, STEPS + 1)] for row in plain]
+        texts = [[tokenizer.decode(row[: len(row) - STEPS + n]) for n in range(1, STEPS + 1)] for row in whole]
+        stops = [[text.endswith(tuple(strings)) for text in row] for row in texts]  # one may begin in the prompt
     else:
-        options = {"stopping_criteria": [DivisibleBy11()]}
-        stops = [[token % 11 == 0 for token in row] for row in plain]
+        options = {"stopping_criteria": [DivisibleBy13()]}
+        stops = [[token % 13 == 0 for token in row] for row in plain]
     ends = [[*stop[:-1], True].index(True) + 1 for stop in stops]
     assert len(set(ends)) > 2
     written = model.generate(**left_padded(), **GREEDY, **options, max_new_tokens=STEPS)[:, max(RAGGED) :]

@@ -29,25 +29,26 @@ def assert_same_memory(cache: RMTCache, row: int, expected: RMTCache, config: RM
 
 
 @every_form
-@pytest.mark.parametrize("with_gradients", [False, True])
-@pytest.mark.parametrize("columns", [1, 3, C, S - 1, S])
+@pytest.mark.parametrize(
+    ("columns", "with_gradients"), [*((columns, False) for columns in (1, 3, C, S - 1, S)), (3, True), (S, True)]
+)
 def test_the_tokens_were_never_there(models, form, columns, with_gradients):  # noqa: F811
     model = models[form]
-    for before in (S, 2 * S, 3 * S + 5, 5 * S + 1, LENGTH):
+    for before in (S, 2 * S, 3 * S + 5, LENGTH):
         ids, more = tiny_ids(2, before), tiny_ids(2, MORE, seed=7)
-        for cuts, further in (((), (1, 1, S)), ((before - 4, 1, 2), (3, 2 * S))):
-            with torch.set_grad_enabled(with_gradients):
-                _, cache = read(model, ids, cuts)
-                assert cache.crop(-columns) is None
-                _, expected = read(model, ids[:, : before - columns]) if before > columns else (None, None)
-                assert cache.positions == [before - columns] * 2 and cache.get_seq_length() == before - columns
-                for row, alone in enumerate(expected.split() if expected else []):
-                    assert_same_memory(cache, row, alone, model.config)
-                logits, cache = read(model, more, further, cache=cache)
-                wanted, expected = read(model, more, cache=expected or RMTCache(model.config))
-            torch.testing.assert_close(logits, wanted, **CLOSE)
-            for row in range(2):
-                assert_same_row(cache, row, expected, row, model.config)
+        cuts, further = ((before - 4, 1, 2), (3, 2 * S)) if before % 2 else ((), (1, 1, S))
+        with torch.set_grad_enabled(with_gradients):
+            _, cache = read(model, ids, cuts)
+            assert cache.crop(-columns) is None
+            _, expected = read(model, ids[:, : before - columns]) if before > columns else (None, None)
+            assert cache.positions == [before - columns] * 2 and cache.get_seq_length() == before - columns
+            for row, alone in enumerate(expected.split() if expected else []):
+                assert_same_memory(cache, row, alone, model.config)
+            logits, cache = read(model, more, further, cache=cache)
+            wanted, expected = read(model, more, cache=expected or RMTCache(model.config))
+        torch.testing.assert_close(logits, wanted, **CLOSE)
+        for row in range(2):
+            assert_same_row(cache, row, expected, row, model.config)
 
 
 @every_form

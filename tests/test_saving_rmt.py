@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import rmt_hf.saving_rmt
 from rmt_hf import RMTCache
 from rmt_hf.saving_rmt import _record_digest
-from test_cache_rmt import FORMS, S, every_form, prompts
-from tiny import pad_left, read, tiny_ids, tiny_model
+from test_cache_rmt import S, every_form, prompts
+from tiny import FORMS, pad_left, read, tiny_ids, tiny_model
 
 
 def ragged_state(model) -> RMTCache:
@@ -27,7 +27,7 @@ def ragged_state(model) -> RMTCache:
 def assert_same(one: RMTCache, other: RMTCache) -> None:
     """Bit for bit, clock and all."""
     assert one.tensors() and all(map(torch.equal, one.tensors(), other.tensors()))
-    clock = ("positions", "num_columns", "num_croppable_columns")
+    clock = ("positions", "num_columns", "num_croppable_columns", "is_stale")
     for name in (*clock, "state_dtype", "fingerprint", "nbytes", "batch_size"):
         assert getattr(one, name) == getattr(other, name), name
 
@@ -80,12 +80,12 @@ def test_a_wider_dtype_and_back_changes_nothing(narrow, tmp_path):
     cache = ragged_state(tiny_model(dtype=narrow))
     wide = cache.clone()
     for layer in wide.layers:
-        layer.state = layer.state.to(torch.float32)
+        layer.state = layer.state.cast(torch.float32)
     wide.save_pretrained(tmp_path)
     back = RMTCache.from_pretrained(tmp_path, tiny_model(dtype=torch.float32))
     assert back.state_dtype == torch.float32
     for layer in back.layers:
-        layer.state = layer.state.to(narrow)
+        layer.state = layer.state.cast(narrow)
     assert_same(back, cache)
 
 
@@ -125,7 +125,7 @@ def test_what_is_written(tmp_path):
     second.save_pretrained(tmp_path)  # over the first
     assert files(tmp_path) == ["README.md", "notes.txt", "rmt_state.json", "state-*.safetensors"]
     record = json.loads((tmp_path / "rmt_state.json").read_text("utf-8"))
-    assert (record["format_version"], record["dtype"], record["positions"]) == (1, "torch.float32", second.positions)
+    assert (record["format_version"], record["dtype"], record["positions"]) == (2, "torch.float32", second.positions)
     assert record["fingerprint"]["segment_length"] == S
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "5 streams at 6, 11, 24, 10, 44 tokens" in card and f"{second.nbytes:,} bytes" in card
@@ -231,7 +231,11 @@ DAMAGE = {
     "a changed position": (lambda f: edit_record(f, positions=[1, 2, 3, 4, 5]), "rmt_state.json is not as it was"),
     "a cut record": (lambda f: (f / "rmt_state.json").write_text('{"format_ver'), "rmt_state.json cannot be read"),
     "no record": (lambda f: (f / "rmt_state.json").write_text("[]"), "rmt_state.json cannot be read"),
-    "another format": (lambda f: edit_record(f, seal=True, format_version=9), "must have format_version 1, got 9"),
+    "another format": (lambda f: edit_record(f, seal=True, format_version=9), "must have format_version 2, got 9"),
+    "the first form": (
+        lambda f: edit_record(f, seal=True, format_version=1),
+        "must have format_version 2, got 1: read it with the version of rmt_hf that wrote it, or let the model read",
+    ),
     "NaN": (lambda f: edit_tensors(f, set_value("layers.1.values", torch.nan)), "got NaN .* layers.1.values"),
     "infinite key": (lambda f: edit_tensors(f, set_value("layers.0.keys", torch.inf)), "infinity in layers.0.keys"),
     "infinite strength": (
@@ -248,7 +252,7 @@ DAMAGE = {
     ),
     "rows that do not fit": (
         lambda f: edit_tensors(f, lambda tensors: None, positions=[3, 8]),
-        r"\(2, 2, 24, 8\), got",
+        r"\(2, 2, 32, 8\), got",
     ),
     "another dtype": (
         lambda f: edit_tensors(f, lambda tensors: tensors.update({k: v.double() for k, v in tensors.items()})),
@@ -270,6 +274,8 @@ def test_damage_is_refused(name, saved):
     [
         ({"segment_length": 16}, "segment_length 8 instead of 16"),
         ({"num_memory_slots": 4}, "num_memory_slots 8 instead of 4"),
+        ({"num_lasting_slots": 4}, "num_lasting_slots None instead of 4"),
+        ({"num_observing_tokens": 4}, "num_observing_tokens 3 instead of 4"),
         ({"rope_parameters": {"rope_theta": 5000.0}}, "rope_parameters .*10000.* instead of .*5000"),
     ],
 )

@@ -407,7 +407,7 @@ class RMTAttention(nn.Module):
         first = self.window_length + (self.prefix_length if layout.num_views == 1 else 0)
         keys, values = frame.keys[:, :, first:], frame.values[:, :, first:]
         if mask is not None:
-            if layout.groups and query.shape[1] == 1 and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and layout.groups and query.shape[1] == 1:
                 end = layout.groups[0].stop + segment - self.prefix_length - self.window_length
                 start = (end - 1) // chunk * chunk
                 return attend(self, query, keys[:, :, start:end], values[:, :, start:end])[0]

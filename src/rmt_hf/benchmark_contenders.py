@@ -110,8 +110,8 @@ def read_prompt(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[torch.
 
 def full_context(config: RMTConfig) -> int:
     """Tokens after which our window and all memory slots are filled: what a token costs changes no more."""
-    writes = config.num_memory_slots // config.num_slots_per_segment if config.num_memory_slots else 0
-    return config.window_length + writes * config.segment_length
+    writes = [size // config.num_slots_per_segment for size, *_ in config.memory_parts]
+    return config.window_length + max(writes, default=0) * config.segment_length
 
 
 def filling_length(config: RMTConfig, context: int) -> int:

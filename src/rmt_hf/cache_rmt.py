@@ -22,7 +22,7 @@ from .state_rmt import LayerState, StateSizes
 
 
 # What a state knows besides its tensors; all of it can be written as JSON.
-CLOCK = ("fingerprint", "positions", "num_columns", "num_croppable_columns", "is_stale")
+CLOCK = ("fingerprint", "positions", "forgotten", "num_columns", "num_croppable_columns", "is_stale")
 
 
 class RMTCacheLayer(CacheLayerMixin):
@@ -69,7 +69,10 @@ class RMTCache(Cache):
         self.layers: list[RMTCacheLayer]  # type: ignore[assignment]  # all are of our kind
         super().__init__(layers=[RMTCacheLayer() for _ in range(config.num_hidden_layers)])
         self.fingerprint, self.sizes = state_fingerprint(config), StateSizes.of(config)
+        self.ring_sizes = [size for size, *_ in config.memory_parts]
+        self.num_slots_per_segment = config.num_slots_per_segment
         self.positions: list[int] = []
+        self.forgotten: list[int] = []  # of each row: writes that its memory does not hold since `edit_memory`
         self.num_columns = 0
         self.num_croppable_columns = 0
         self.recent_is_real: torch.Tensor | None = None  # (B, S) bool of the last S columns, for `crop`
@@ -132,6 +135,7 @@ class RMTCache(Cache):
         finally:
             self._free.append(True)
 
+    @torch.compiler.disable
     def commit(self, states: list[LayerState], layout: CallLayout) -> None:
         """Takes over the states of all layers after a call, in one go: a call that failed has changed nothing.
 
@@ -147,12 +151,15 @@ class RMTCache(Cache):
             is_real = keys.new_ones(batch_size, num_columns, dtype=torch.bool)
         if recent is None:
             recent = is_real.new_zeros(batch_size, segment)
+        forgotten = self.forgotten or [0] * batch_size
         if layout.remembered is not None:  # what is before the last document of a row cannot be taken back
             is_real, recent = is_real & layout.remembered, recent & layout.remembered[:, :1]
+            goes_on = layout.remembered[:, 0].tolist()
+            forgotten = [number * old for number, old in zip(forgotten, goes_on, strict=True)]
         self.recent_is_real = torch.cat([recent[:, num_columns:], is_real[:, -segment:]], 1)
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
-        self.positions, self.is_stale = list(layout.ends), False
+        self.positions, self.forgotten, self.is_stale = list(layout.ends), forgotten, False
         self.num_columns += num_columns
         self.num_croppable_columns = min(segment, self.num_croppable_columns + num_columns)
 
@@ -196,6 +203,8 @@ class RMTCache(Cache):
         # Columns more than S back are not known again: what comes in at the left is never asked for.
         self.recent_is_real = torch.cat([torch.zeros_like(recent[:, :columns]), recent[:, :-columns]], 1)
         self.positions = ends
+        if any(crossed) and any(self.forgotten):
+            self._count_writes()
         self.num_columns = max(0, self.num_columns - columns)
         self.num_croppable_columns -= columns
 
@@ -215,12 +224,30 @@ class RMTCache(Cache):
 
         Args:
             edit: From slots (B, M, G, D) to slots of the same shapes. It must not change the given tensors in place.
+                Slots without a position (-1) are not seen. A row must look like one that has written some number of
+                segments: the youngest groups of each ring are full, equally many in all heads and layers.
         """
         for layer in self.layers:
             if layer.state is not None:
                 memory, before = edit(layer.state.memory), edit(layer.state.previous_memory)
                 layer.state = layer.state._replace(memory=memory, previous_memory=before)
         self.is_stale = True
+        self._count_writes()
+
+    def _count_writes(self) -> None:
+        """Notes how many of its writes the memory of each row does not hold, so that no empty slot is ever seen."""
+        state = next((layer.state for layer in self.layers if layer.state is not None), None)
+        if state is None or not self.ring_sizes:
+            return
+        segment, lookback = self.sizes.segment, self.fingerprint["num_lookback_segments"]
+        written = [max(0, position // segment - lookback) for position in self.positions]
+        most = max(self.ring_sizes) // self.num_slots_per_segment
+        rings = (state.memory.positions[:, :, 0] >= 0).split(self.ring_sizes, 1)
+        held = torch.stack([ring.sum(1) for ring in rings]).amax(0) // self.num_slots_per_segment
+        self.forgotten = [  # a full ring looks the same after any number of writes
+            number - count if count < most else min(lost, number - most)
+            for number, count, lost in zip(written, held.tolist(), self.forgotten, strict=True)
+        ]
 
     def reset(self, rows: torch.Tensor | None = None) -> None:
         """Forgets everything, as if the streams had never begun.
@@ -232,7 +259,8 @@ class RMTCache(Cache):
             ValueError: If `rows` is not a bool tensor with one element per row.
         """
         if rows is None:
-            self.positions, self.num_columns, self.num_croppable_columns, self.recent_is_real = [], 0, 0, None
+            self.positions, self.forgotten, self.recent_is_real = [], [], None
+            self.num_columns = self.num_croppable_columns = 0
             for layer in self.layers:
                 layer.state = None
             return
@@ -241,7 +269,10 @@ class RMTCache(Cache):
                 f"rows must be a bool tensor of shape ({len(self.positions)},), one element per row of the state; got "
                 f"{rows.dtype} of shape {tuple(rows.shape)}."
             )
-        self.positions = [0 if gone else old for gone, old in zip(rows.tolist(), self.positions, strict=True)]
+        self.positions, self.forgotten = (
+            [0 if gone else old for gone, old in zip(rows.tolist(), numbers, strict=True)]
+            for numbers in (self.positions, self.forgotten)
+        )
         for layer in self.layers:
             if layer.state is not None:
                 layer.state = layer.state.reset_rows(rows)
@@ -259,12 +290,16 @@ class RMTCache(Cache):
             indices: (B',) int64 row numbers, or (B,) bool.
         """
         indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.positions = [self.positions[row] for row in indices.tolist()]
+        self.positions, self.forgotten = (
+            [numbers[row] for row in indices.tolist()] for numbers in (self.positions, self.forgotten)
+        )
         self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times, copies next to each other."""
-        self.positions = [position for position in self.positions for _ in range(repeats)]
+        self.positions, self.forgotten = (
+            [number for number in numbers for _ in range(repeats)] for numbers in (self.positions, self.forgotten)
+        )
         self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
 
     def split(self) -> list["RMTCache"]:
@@ -305,6 +340,7 @@ class RMTCache(Cache):
             layer.state = None if None in states else LayerState.stack(cast(list[LayerState], states))
         stacked.recent_is_real = torch.cat([cast(torch.Tensor, cache.recent_is_real) for cache in caches])
         stacked.positions = [position for cache in caches for position in cache.positions]
+        stacked.forgotten = [number for cache in caches for number in cache.forgotten]
         stacked.num_columns = max(cache.num_columns for cache in caches)
         stacked.num_croppable_columns = min(cache.num_croppable_columns for cache in caches)
         stacked.is_stale = any(cache.is_stale for cache in caches)

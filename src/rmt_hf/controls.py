@@ -1,4 +1,4 @@
-"""Memory controls: what a stream is worth when its memory is emptied, frozen, or exchanged for another's.
+"""Ablations of memory: what a stream is worth when its memory is emptied, frozen, or exchanged for another's.
 
 A control is a function that edits the memory of a state in place. `stream_bits` calls it at the end of every segment,
 when no token of the next one has been read; in a recall task it may be called on any state, also within a segment.
@@ -20,32 +20,19 @@ from .modeling_rmt import RMTForCausalLM
 Control = Callable[[RMTCache], None]
 
 
-def edit_memories(cache: RMTCache, edit: Callable[[Slots], Slots]) -> None:
-    """Changes the memory of every layer; the window stays.
-
-    The memory before the last write, which `crop` goes back to, is edited as well: a rewind does not undo the edit.
+def empty_memories(cache: RMTCache) -> None:
+    """Every stream forgets every slot: attention sees the sink, if there is one, and the window alone.
 
     Args:
         cache: State of B streams, changed in place; one that has read nothing has no memory, and stays so.
-        edit: From slots (B, M, G, D) to slots of the same shapes. It must not change the given tensors in place.
     """
-    for layer in cache.layers:
-        if layer.state is not None:
-            memories = edit(layer.state.memory), edit(layer.state.previous_memory)
-            layer.state = layer.state._replace(memory=memories[0], previous_memory=memories[1])
-
-
-def empty_memories(cache: RMTCache) -> None:
-    """Every stream forgets every slot: reading its memory gives exactly zero.
-
-    Args:
-        cache: State of B streams, changed in place.
-    """
-    edit_memories(cache, lambda slots: slots._replace(strengths=torch.full_like(slots.strengths, -torch.inf)))
+    cache.edit_memory(lambda slots: slots.forget(torch.ones_like(slots.strengths[..., 0], dtype=torch.bool)))
 
 
 def pass_on_memories(cache: RMTCache) -> None:
     """Every row gets the memory of the next one, the last row that of the first.
+
+    Slots stand in the order of their own text, directly before the window, whose tokens may be of other positions.
 
     Args:
         cache: State of at least 2 streams, changed in place.
@@ -55,7 +42,7 @@ def pass_on_memories(cache: RMTCache) -> None:
     """
     if cache.is_initialized and cache.batch_size < 2:
         raise ValueError("Another document's memory needs at least 2 rows, got 1: give more documents.")
-    edit_memories(cache, lambda slots: slots.map(lambda tensor: tensor.roll(-1, 0)))
+    cache.edit_memory(lambda slots: slots.map(lambda tensor: tensor.roll(-1, 0)))
 
 
 def swap_memories(cache: RMTCache) -> None:
@@ -69,7 +56,7 @@ def swap_memories(cache: RMTCache) -> None:
     """
     if cache.is_initialized and cache.batch_size % 2:
         raise ValueError(f"Rows are swapped in pairs, got {cache.batch_size} rows: give an even number of documents.")
-    edit_memories(cache, lambda slots: slots.map(lambda tensor: tensor.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)))
+    cache.edit_memory(lambda slots: slots.map(lambda tensor: tensor.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)))
 
 
 def freeze_memories(num_tokens: int) -> Control:
@@ -142,11 +129,11 @@ def stream_bits(
     with evaluation_mode(model):
         for start in tqdm(range(0, ids.shape[1] - 1, segment), desc="Evaluating", disable=not show_progress):
             targets = ids[:, start + 1 : start + segment + 1]
-            piece = ids[:, start : start + targets.shape[1]]
+            columns = ids[:, start : start + targets.shape[1]]
             for name, cache in caches.items():
-                logits = model(piece, past_key_values=cache, use_cache=True).logits
+                logits = model(columns, past_key_values=cache, use_cache=True).logits
                 bits[name].append(bits_of(logits, targets).to(input_ids.device))
-            if piece.shape[1] == segment:
+            if columns.shape[1] == segment:
                 for name, control in controls.items():
                     _put_memories(caches[name], _memories(caches["own"]))
                     control(caches[name])
@@ -159,7 +146,5 @@ def _memories(cache: RMTCache) -> list[Slots]:
 
 def _put_memories(cache: RMTCache, memories: list[Slots]) -> None:
     """Gives every layer a copy of a memory, which counts as its memory before the last write too."""
-    for layer, memory in zip(cache.layers, memories, strict=True):
-        if layer.state is not None:
-            copies = (memory.map(torch.Tensor.clone) for _ in range(2))
-            layer.state = layer.state._replace(memory=next(copies), previous_memory=next(copies))
+    copies = (memory.map(torch.Tensor.clone) for memory in memories for _ in range(2))
+    cache.edit_memory(lambda _: next(copies))

@@ -1,11 +1,11 @@
 """Gives a pretrained Llama-like model a memory, without loss, and takes it away again.
 
-    python -m rmt_hf.conversion SOURCE TARGET --segment-length 256 --num-memory-slots 64
+    python -m rmt_hf.conversion SOURCE TARGET --segment-length 128 --num-memory-slots 256
 
-A converted model computes what its source computes, as long as the input fits into the window; beyond it, what the
-source computes if it sees the window and a begin-of-text token before it (the attention sink). Memory and the local
-path are there, but count for nothing until they are trained: their share begins at zero. A home file: it does not
-travel with the weights.
+A converted model computes what its source computes, as long as the input fits into the window. Beyond it, the source's
+own attention sees three things: a begin-of-text token (the attention sink), slots that hold the keys and values of
+earlier tokens, and the window. A slot keeps a token to which later ones attend; nothing needs training for that. A home
+file: it does not travel with the weights.
 """
 
 import argparse
@@ -29,7 +29,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from . import RMTConfig, RMTForCausalLM
+from .configuration_rmt import MEMORY_WRITES
 from .evaluation import evaluation_mode
+from .memory_rmt import RMTRing
 from .report import write_whole
 
 
@@ -58,7 +60,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 }
 SINK = (LAYER + "self_attn.sink.key", LAYER + "self_attn.sink.value")
 # Gates of memory that keep the strongest tokens of a segment and of a group; a score that knows nothing; a local path
-# that counts for nothing, whose gate can be half open and learns faster for it.
+# of no share, behind a gate that is half open and learns faster for it.
 BEGINNINGS = {
     LAYER + "self_attn.memory.rings.*.gate_scale": 8.0,
     LAYER + "self_attn.memory.rings.*.gate_bias": 0.0,
@@ -95,7 +97,9 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
 
     Args:
         source: Of the model to be converted.
-        fields: Of `RMTConfig`, where they shall not be those of the source or the default.
+        fields: Of `RMTConfig`, where they shall not be those of the source or the default of converted models: segments
+            of `SEGMENT_LENGTH`, each one chunk of which all tokens are candidates; twice as many slots, in one ring
+            that keeps what the present attends to; a sink; no local path.
 
     Raises:
         ValueError: If the family is unknown, the source has what ours cannot do, or a field is given that would change
@@ -120,8 +124,10 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
         raise ValueError("rope_parameters: partial_rotary_factor must be 1; ours rotates whole heads.")
     segment = fields.get("segment_length", SEGMENT_LENGTH)
     chunk = fields.get("chunk_length", segment)
-    memory = {"segment_length": segment, "chunk_length": chunk, "num_slots_per_chunk": chunk, "use_attention_sink": True}
-    memory |= {"num_memory_slots": 2 * segment, "num_lasting_slots": 0, "use_local_attention": False}
+    memory = {"segment_length": segment, "chunk_length": chunk, "num_slots_per_chunk": chunk}
+    memory |= {"num_memory_slots": 2 * segment, "num_observing_tokens": min(segment, RMTConfig.num_observing_tokens)}
+    memory |= {"num_lasting_slots": None if fields.get("memory_write") == "mean" else 0}
+    memory |= {"use_attention_sink": True, "use_local_attention": False}
     config = RMTConfig(**{**known, "rope_parameters": rope, **memory, **fields})
     config.converted_from = source.to_dict()
     _check_window(source, config)
@@ -145,10 +151,11 @@ def _check_window(source: PreTrainedConfig, config: RMTConfig) -> None:
 
 
 def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
-    """A pretrained model as an RMT model that computes the same, with memory that is ready to be trained.
+    """A pretrained model as an RMT model that computes the same inside the window, and remembers beyond it.
 
-    Tensors are shared with the source, not copied. What is new: the query of memory begins as a copy of the source's
-    query, the share of local path and memory at zero, the sink as a begin-of-text token, the rest as in a new model.
+    Tensors are shared with the source, not copied. What is new: gates of memory, which begin so that the strongest
+    tokens are kept whole; a score for lasting slots, which is zero until it is trained; the sink, which is the source's
+    begin-of-text token; a local path, if there is one, with a share of zero.
 
     Args:
         source: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM.
@@ -168,9 +175,8 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
             for pattern, value in BEGINNINGS.items():
                 if name not in tensors and matches(pattern, name) is not None:
                     parameter.fill_(value)
-        for layer in model.model.layers:
-            for ring in layer.self_attn.memory.rings if config.num_memory_slots else ():
-                ring.fade.fill_(PRESENT_FADE if ring.uses_evidence else 0.0)
+        for ring in (module for module in model.modules() if isinstance(module, RMTRing)):
+            ring.fade.fill_(PRESENT_FADE if ring.uses_evidence else 0.0)
     if config.use_attention_sink:
         _copy_sink(source, model)
     if source.generation_config is not None:
@@ -262,7 +268,7 @@ class ParameterShare(NamedTuple):
 
 
 def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of memory and fusion by name: what a source does not have. The model may be wrapped in adapters."""
+    """Parameters of memory and fusion by name, which the sink is not among. The model may be wrapped in adapters."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -327,12 +333,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", help="folder or Hub id")
     parser.add_argument("target", type=Path, help="folder, which must not exist yet")
     parser.add_argument("--back", action="store_true", help="take memory away instead")
-    for name in ("segment_length", "chunk_length", "num_lookback_segments", "num_memory_slots", "num_slots_per_chunk"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(RMTConfig, name))
-    parser.add_argument("--memory-write", default=RMTConfig.memory_write)
+    # What is not given is left to `config_with_memory`.
+    for name in ("segment_length", "chunk_length", "num_lookback_segments", "num_memory_slots", "num_lasting_slots"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
+    for name in ("num_slots_per_chunk", "num_observing_tokens"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
+    parser.add_argument("--memory-write", choices=MEMORY_WRITES, default=argparse.SUPPRESS)
     for name in ("use_attention_sink", "use_local_attention"):
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=True)
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
     args = vars(parser.parse_args(arguments))
     source, target, back = (args.pop(name) for name in ("source", "target", "back"))
     share = convert(source, target, back, **({} if back else args))

@@ -98,7 +98,7 @@ def set_rings(model: RMTForCausalLM, **values: float) -> None:
             torch.nn.init.constant_(getattr(ring, name), value)
 
 
-# The default is one ring whose strength is score and evidence, gates of scale 1 and a fade of 0.1 at the start, 16
+# The default is one ring whose strength is score and evidence, gates that mostly keep and no fade at the start, 16
 # observing tokens, one candidate a chunk: every other row is one step away from it.
 ROWS = {
     "default": Row(),
@@ -114,8 +114,9 @@ ROWS = {
     "32 observing tokens": Row(fields(num_observing_tokens=32), is_for_text_alone=True),  # no segment is so long
     "groups of a quarter": Row(groups(1 / 4), is_for_text_alone=True),  # as they are by default
     "one group": Row(groups(1)),
-    "no fade": Row(prepare=partial(set_rings, fade=0.0)),
+    "fade 0.1": Row(prepare=partial(set_rings, fade=0.1)),
     "fade 0.4": Row(prepare=partial(set_rings, fade=0.4)),
+    "half-open gates": Row(prepare=partial(set_rings, gate_bias=0.0)),
     "hard gates": Row(prepare=partial(set_rings, gate_scale=8.0)),
     "no lookback": Row(without_lookback),
     "no query/key norm": Row(fields(use_qk_norm=False)),

@@ -8,6 +8,7 @@ Shapes: B rows, T columns of the call, F views, S segment length, N lookback seg
 prefix (slots and sink). The columns that a token may see are P of the prefix, then (N + 1) * S of the window.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -41,10 +42,12 @@ class CallLayout:
         offset: With several views: where in its segment every row stands, if all stand at one position.
         places: Where each column lies in the views, 0 .. F * S - 1, (B or 1, T) int64; padding behind real tokens.
         query_places: Where the query of each column is kept, (B or 1, T) int64: of the last L tokens of every segment,
-            that before view 0 first; one column behind all for the others. None if no column is among them.
+            that before view 0 first; one column behind all for the others.
+        observes: Whether some column may be among these.
         first_views: View in which the document of each view began, negative before the call, (B or 1, F) int64.
         turns: Number of segment ends that each row passes, (B,) int64.
         segments_after: Segment of its document in which each row stands after the call, (B,) int64.
+        forgotten: How many of the writes of each row its memory does not hold, (B, 1) int64; None if all hold all.
         is_packed: Whether a document begins inside the call.
         is_real: Which columns are no padding, (B, T) bool; None if all are.
         remembered: Which columns are of the last document of their row, (B, T) bool; None if all are.
@@ -60,10 +63,12 @@ class CallLayout:
     groups: tuple[ViewGroup, ...]
     offset: int | None
     places: torch.Tensor
-    query_places: torch.Tensor | None
+    query_places: torch.Tensor
+    observes: bool
     first_views: torch.Tensor
     turns: torch.Tensor
     segments_after: torch.Tensor
+    forgotten: torch.Tensor | None
     is_packed: bool
     is_real: torch.Tensor | None
     remembered: torch.Tensor | None
@@ -109,7 +114,8 @@ class CallLayout:
         columns = torch.arange(config.window_length, device=device)
         outside = ((lookback - segments) * segment)[..., None, None]  # columns of the window before the document
         window = (columns <= lookback * segment + queries[:, None, :, None]) & (columns >= outside)
-        visible = visible_columns(config, (segments - lookback).clamp_min(0))[..., None, None]
+        lost = 0 if self.forgotten is None else self.forgotten * (self.first_views <= 0)
+        visible = visible_columns(config, (segments - lookback).clamp_min(0), lost)[..., None, None]
         prefix = torch.arange(config.prefix_length, device=device) >= config.prefix_length - visible
         prefix = prefix.expand(*torch.broadcast_shapes(prefix.shape[:-1], window.shape[:-1]), -1)
         return torch.cat([prefix, window.expand(*prefix.shape[:-1], -1)], -1)
@@ -120,10 +126,12 @@ class CallLayout:
         return (columns <= places) & (columns >= places // config.chunk_length * config.chunk_length)
 
 
-def visible_columns(config: RMTConfig, num_written: torch.Tensor) -> torch.Tensor:
-    """Columns of the prefix that are seen when so many segments have been written, int64 of the same shape."""
-    slots = [(num_written * config.num_slots_per_segment).clamp_max(size) for size, *_ in config.memory_parts]
-    return torch.stack([(num_written > 0) * int(config.use_attention_sink), *slots]).sum(0)
+def visible_columns(config: RMTConfig, num_written: torch.Tensor, lost: torch.Tensor | int = 0) -> torch.Tensor:
+    """Columns of the prefix that are seen when so many segments have been written, and memory holds all but `lost`:
+    int64 of the same shape."""
+    num_slots = (num_written - lost) * config.num_slots_per_segment
+    slots = [num_slots.clamp(0, size) for size, *_ in config.memory_parts]
+    return sum(slots, torch.full_like(num_written, config.use_attention_sink)) * (num_written > 0)
 
 
 def on_device(numbers: tuple[int, ...] | list[int], device: torch.device) -> torch.Tensor:
@@ -139,6 +147,7 @@ def plan_call(
     device: torch.device,
     restarts: torch.Tensor | None = None,
     refreshes: bool = False,
+    forgotten: Sequence[int] = (),
 ) -> CallLayout:
     """Maps the columns of a call.
 
@@ -150,11 +159,12 @@ def plan_call(
         device: Where the index tensors go.
         restarts: (B, T) bool, True where a document begins inside the call; None if none does.
         refreshes: Whether the prefix in the state is out of date.
+        forgotten: How many of the writes of each row its memory does not hold; empty if all hold all.
     """
-    segment = config.segment_length
+    segment, lost = config.segment_length, [*forgotten] or [0]
     offsets = [start % segment for start in starts]
     num_views = -(-(max(offsets) + num_columns) // segment)
-    is_uniform = is_real is None and restarts is None and all(start == starts[0] for start in starts)
+    is_uniform = is_real is None and restarts is None and len(set(starts)) == len(set(lost)) == 1
     remembered = None
     if is_uniform:
         ends = [start + num_columns for start in starts]
@@ -165,14 +175,12 @@ def plan_call(
             starts, offsets, is_real, restarts, segment, (len(starts), num_columns), num_views, device
         )
     num_writes = max(end // segment - start // segment for start, end in zip(starts, ends, strict=True))
-    lead, groups = _group_views(config, starts[0], num_columns, num_views) if is_uniform else (0, ())
+    lead, groups = _group_views(config, starts[0], lost[0], num_columns, num_views) if is_uniform else (0, ())
     segments_after = on_device([end // segment for end in ends], device)
-    query_places = None
-    if num_views > 1 or max(offsets) + num_columns > segment - config.num_observing_tokens:
-        length = config.num_observing_tokens
-        kept = places % segment - segment + length
-        query_places = (places // segment + 1) * length + kept
-        query_places = query_places.masked_fill((kept < 0) | (places >= num_views * segment), (num_views + 1) * length)
+    length = config.num_observing_tokens
+    kept = places % segment - segment + length
+    query_places = (places // segment + 1) * length + kept
+    query_places = query_places.masked_fill((kept < 0) | (places >= num_views * segment), (num_views + 1) * length)
     return CallLayout(
         num_columns=num_columns,
         num_views=num_views,
@@ -185,9 +193,11 @@ def plan_call(
         offset=offsets[0] if is_uniform and num_views > 1 else None,
         places=places,
         query_places=query_places,
+        observes=num_views > 1 or max(offsets) + num_columns > segment - length,
         first_views=first_views,
         turns=first_views[:, -1] + segments_after,
         segments_after=segments_after,
+        forgotten=on_device(lost, device)[:, None] if any(lost) else None,
         is_packed=restarts is not None,
         is_real=is_real,
         remembered=remembered if restarts is not None else None,
@@ -226,8 +236,10 @@ def _place_columns(
     return ends, places, first_views.cummax(1).values, remembered
 
 
-def _group_views(config: RMTConfig, start: int, num_columns: int, num_views: int) -> tuple[int, tuple[ViewGroup, ...]]:
-    """`lead` and `groups` of rows that all stand at one position."""
+def _group_views(
+    config: RMTConfig, start: int, lost: int, num_columns: int, num_views: int
+) -> tuple[int, tuple[ViewGroup, ...]]:
+    """`lead` and `groups` of rows that all stand at one position, with memories that hold all writes but `lost`."""
     segment, lookback, prefix = config.segment_length, config.num_lookback_segments, config.prefix_length
     lead = 0
     # With weights to be recorded, all views of a call must have the same columns.
@@ -240,7 +252,8 @@ def _group_views(config: RMTConfig, start: int, num_columns: int, num_views: int
         if written <= 0:
             first = prefix - written * segment
         else:
-            slots = (min(size, written * config.num_slots_per_segment) for size, *_ in config.memory_parts)
+            num_slots = max(0, written - lost) * config.num_slots_per_segment
+            slots = (min(size, num_slots) for size, *_ in config.memory_parts)
             first = prefix - sum(slots) - config.use_attention_sink
         if groups and groups[-1].start == first:
             groups[-1] = groups[-1]._replace(end=view + 1)

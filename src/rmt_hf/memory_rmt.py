@@ -168,9 +168,11 @@ class RMTRing(nn.Module):
         candidates, indices = self.candidates(segments, taken)
         candidates = candidates.forget(~segments.is_there[..., None].expand(candidates.strengths.shape[:3]))
         gates = []
-        for start in range(0, candidates.strengths.shape[1], self.num_groups):
-            new = candidates.map(lambda tensor, start=start: tensor[:, start : start + self.num_groups])
-            ring, count = rounds[-1], new.strengths.shape[1]
+        # Split at once: the backward pass of a slice is as large as what was sliced, whatever the number of rounds.
+        parts = zip(*(tensor.split(self.num_groups, 1) for tensor in candidates), strict=True)
+        for index, part in enumerate(parts):
+            new, ring, start = Slots(*part), rounds[-1], index * self.num_groups
+            count = new.strengths.shape[1]
             old, rest = ring.map(lambda tensor: tensor[:, :count]), ring.map(lambda tensor: tensor[:, count:])
             if segments.is_packed:  # what was written to a group before the document began is not its own
                 other = segments.begins[:, start : start + count] < self.num_groups

@@ -70,7 +70,7 @@ class RMTDecoderLayer(GradientCheckpointingLayer):
 
 
 MEMORIZE_TOKENS = 4096  # tokens of all rows in one call of `memorize`: on a CPU 8,192 take a tenth longer
-GATE_SCALE, GATE_BIAS, FADE = 1.0, 0.0, 0.1  # how gates of memory begin
+GATE_SCALE, GATE_BIAS, FADE = 1.0, -2.0, 0.0  # how gates of memory begin: a slot is mostly kept, and does not fade
 
 
 class RMTPreTrainedModel(PreTrainedModel):
@@ -129,6 +129,17 @@ class RMTPreTrainedModel(PreTrainedModel):
         """As every model; refuses a `distributed_config` of `from_pretrained` that cannot be followed (ValueError)."""
         check_processes(distributed_config, cast(RMTConfig, model.config))
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """As every model; refuses weights whose memory has a query and a null slot of its own (ValueError)."""
+        old = [name for name in loading_info.unexpected_keys if "memory_q_proj" in name or "memory.null_key" in name]
+        if old:
+            raise ValueError(
+                f"Weights must be of a memory that is a prefix of the window, got {min(old)}, of an earlier form of this "
+                "model: load them with the version of rmt_hf that wrote them."
+            )
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     @torch.no_grad()
     def memorize(
@@ -201,10 +212,8 @@ class RMTModel(RMTPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    # The bookkeeping of a call is Python and changes with every call: `torch.compile` compiles `_run_layers` alone.
     @merge_with_config_defaults
     @capture_outputs
-    @partial(torch.compiler.disable, recursive=False)
     def forward(  # type: ignore[misc]  # TransformersKwargs names position_ids again
         self,
         input_ids: torch.LongTensor | None = None,
@@ -238,15 +247,29 @@ class RMTModel(RMTPreTrainedModel):
             past_key_values = RMTCache(self.config)
         if past_key_values is not None:
             check_cache_type(past_key_values)
+        read = self._read if torch.compiler.is_exporting() else self._read_in_python
         with nullcontext() if past_key_values is None else past_key_values.exclusive():
-            hidden_states, layout = self._prepare(
-                input_ids, attention_mask, position_ids, past_key_values, inputs_embeds
-            )
-            states = None if past_key_values is None else [layer.state for layer in past_key_values.layers]
-            hidden_states, states = self._run_layers(hidden_states, replace(layout, starts=(), ends=()), states)
-            if past_key_values is not None:
-                past_key_values.commit(states, layout)
+            hidden_states = read(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+    def _read(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: RMTCache | None,
+        inputs_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Last hidden states (B, T, E) of checked inputs; the state changes when all is done."""
+        hidden_states, layout = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        states = None if cache is None else [layer.state for layer in cache.layers]
+        hidden_states, states = self._run_layers(hidden_states, replace(layout, starts=(), ends=()), states)
+        if cache is not None:
+            cache.commit(states, layout)
+        return hidden_states
+
+    # The bookkeeping of a call is Python and changes with every call: `torch.compile` compiles `_run_layers` alone.
+    _read_in_python = torch.compiler.disable(_read, recursive=False)
 
     @torch.compiler.disable
     def _prepare(
@@ -269,7 +292,9 @@ class RMTModel(RMTPreTrainedModel):
         refreshes = bool(self.config.prefix_length) and cache is not None
         refreshes = refreshes and (cast(RMTCache, cache).is_stale or torch.is_grad_enabled())
         device = inputs_embeds.device
-        return inputs_embeds, plan_call(self.config, starts, is_real, num_columns, device, restarts, refreshes)
+        forgotten = () if cache is None else cache.forgotten
+        layout = plan_call(self.config, starts, is_real, num_columns, device, restarts, refreshes, forgotten)
+        return inputs_embeds, layout
 
     def _run_layers(
         self, hidden_states: torch.Tensor, layout: CallLayout, states: list[LayerState | None] | None

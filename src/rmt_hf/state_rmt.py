@@ -146,7 +146,7 @@ class LayerState(NamedTuple):
     def observe(self, layout: CallLayout, sizes: StateSizes, query: torch.Tensor) -> "LayerState":
         """The state with the queries (B, T, H, D) of the last L tokens of each view: (B, H, (F + 1) * L, D)."""
         length = sizes.queries
-        if not length or layout.query_places is None:
+        if not length or not (torch.compiler.is_compiling() or layout.observes):
             return self
         num_columns, query = (layout.num_views + 1) * length, query.detach().transpose(1, 2)
         queries = F.pad(self.queries, (0, 0, 0, num_columns + 1 - self.queries.shape[2]))  # the last is for no use
@@ -156,7 +156,7 @@ class LayerState(NamedTuple):
             queries = queries.index_copy(2, columns[0], query)
         else:
             queries = queries.index_put((layout.rows[:, None], heads, columns[:, None]), query)
-        return self._replace(queries=queries[:, :, :num_columns])
+        return self._replace(queries=queries[:, :, :num_columns].contiguous())
 
     def close(self, layout: CallLayout, sizes: StateSizes, prefix: tuple[torch.Tensor, torch.Tensor]) -> "LayerState":
         """The state after a call that has passed segment ends: the window of each row from the segment it has come to.

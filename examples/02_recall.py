@@ -74,7 +74,7 @@ def train(config: RMTConfig, args: argparse.Namespace, seed: int, control: bool)
 
 @torch.no_grad()
 def follow(model: RMTForCausalLM, distances: list[int], streams: int) -> tuple[list[dict], dict[str, float]]:
-    """Reads long streams once and asks at each distance; also says which slots outlive a turn of the ring unchanged."""
+    """Reads long streams once and asks at each distance; also says which tokens outlive a turn of the ring."""
     config, length = model.config, model.config.segment_length
     chunks, turn = length // config.chunk_length, config.num_memory_slots // config.num_slots_per_segment
     cache, at, curve, slots = RMTCache(config), 0, [], {}
@@ -94,16 +94,15 @@ def follow(model: RMTForCausalLM, distances: list[int], streams: int) -> tuple[l
                     logits = model(input_ids=FIRST_QUESTION + keys[:, fact, None], past_key_values=state).logits
                     hits[name] += (logits[:, -1].argmax(-1) == values[:, fact]).float().mean().item() / NUM_FACTS
             curve.append({"segments": at, "tokens": at * length, **hits, "state_bytes": cache.nbytes})
-            slots[at] = torch.stack([layer.state.memory.keys for layer in cache.layers])  # the youngest last
+            slots[at] = torch.stack([layer.state.memory.positions for layer in cache.layers])
         if at == distances[-1]:
             break
         input_ids = noise(streams, min(16, min(stop for stop in distances if stop > at) - at) * length)
-    kept = (slots[distances[0]] == slots[distances[0] + turn]).all(-1).float()  # (layers, streams, slots, heads)
-    is_fact = torch.zeros(streams, chunks).scatter_(1, places, 1.0).bool()
-    return curve, {
-        "fact_slots_kept": kept[:, :, -chunks:][:, is_fact].mean().item(),
-        "noise_slots_kept": kept[:, :, :-chunks].mean().item(),
-    }
+    first, later = slots[distances[0]], slots[distances[0] + turn]  # (layers, streams, slots, heads)
+    kept = (first[:, :, :, None] == later[:, :, None]).any(3).float()
+    chunk = first // config.chunk_length - turn * chunks  # of the segment with the facts
+    is_fact = (chunk[..., None] == places[:, None, None]).any(-1)
+    return curve, {"fact_slots_kept": kept[is_fact].mean().item(), "noise_slots_kept": kept[~is_fact].mean().item()}
 
 
 def distances_to_ask(config: RMTConfig, args: argparse.Namespace) -> list[int]:
@@ -154,6 +153,7 @@ def main() -> None:
         chunk_length=2,
         segment_length=8,
         num_memory_slots=8,
+        num_observing_tokens=8,
         use_qk_norm=True,  # a query that grows too sharp leaves the score of the write without a gradient
         initializer_range=0.1,
         bos_token_id=None,

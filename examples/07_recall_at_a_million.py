@@ -5,8 +5,8 @@ a stream lie in one segment, each in a chunk of its own, among noise. The ring o
 segment, so every slot meets the gate at every segment end: 4,096 tokens train up to 62 such turns, a million tokens are
 16,384. Questions are asked from the next segment on, so the model also learns to answer from its window: its control.
 At growing distances a copy of the state is asked for every fact: as it is, with its memory emptied, with the memory of
-another row (the answers must be the other row's), and, memory emptied, for new facts that lie in the window. Slots are
-compared with what they held when the facts had just been written.
+another row (the answers must be the other row's), and, memory emptied, for new facts that lie in the window. The slots
+of facts are compared with what they were when the facts had just been written.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from rmt_hf import RMTCache, RMTConfig, RMTForCausalLM
 from rmt_hf.controls import Control, empty_memories, swap_memories
+from rmt_hf.memory_rmt import Slots
 from rmt_hf.recall import (
     FIRST_FACT,
     FIRST_QUESTION,
@@ -58,7 +59,7 @@ def train(config: RMTConfig, args: argparse.Namespace, seed: int) -> tuple[RMTFo
     """Trains from scratch: equal numbers of steps at each of the lengths, with as many tokens to a step."""
     torch.manual_seed(seed)
     model, started, history = RMTForCausalLM(config).train(), time.perf_counter(), []
-    gate_bias = model.model.layers[0].self_attn.memory.gate_bias
+    gate_bias = model.model.layers[0].self_attn.memory.rings[0].gate_bias
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(1, args.steps + 1):
         factor = min(step / 20, 1, (args.steps - step + 1) / (0.3 * args.steps))
@@ -117,22 +118,13 @@ def measure(
     return {name: hits.float().mean().item() for name, hits in zip(CONDITIONS, right, strict=True)}
 
 
-@torch.no_grad()
-def slots_of_facts(
-    model: RMTForCausalLM, facts: torch.Tensor, slots: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The slot (rows, M, heads, 2 D) nearest to each fact (rows, facts) in every head, and whether it holds it whole.
-
-    The keys and values of a token of the only layer depend on the token alone.
-    """
-    layer = model.model.layers[0]
-    hidden_states = layer.input_layernorm(model.model.embed_tokens(facts))
-    width = (-1, model.config.head_dim)
-    keys = layer.self_attn.k_norm(layer.self_attn.k_proj(hidden_states).unflatten(-1, width))
-    own = torch.cat([keys, layer.self_attn.v_proj(hidden_states).unflatten(-1, width)], -1)  # (rows, facts, heads, 2 D)
-    distances = (slots[:, None] - own[:, :, None]).norm(dim=-1) / own.norm(dim=-1)[:, :, None]
-    nearest = distances.min(2)  # (rows, facts, heads)
-    return nearest.indices, nearest.values < 1e-3
+def slots_of(memory: Slots, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (rows, facts, heads, 2 D) of the slots of the tokens at positions (rows, facts), and whether they
+    are there, (rows, facts, heads)."""
+    matches = memory.positions[:, None] == positions[:, :, None, None]  # (rows, facts, M, heads)
+    numbers = torch.cat([memory.keys, memory.values], -1)
+    place = matches.long().argmax(2)
+    return numbers[:, None].take_along_dim(place[:, :, None, :, None], 2)[:, :, 0], matches.any(2)
 
 
 @torch.no_grad()
@@ -145,28 +137,30 @@ def follow(model: RMTForCausalLM, distances: list[int], streams: int) -> list[di
     by_key = torch.empty(streams, NUM_KEYS, dtype=torch.long).scatter_(1, keys, values)
     others = by_key.unflatten(0, (-1, 2)).flip(1).flatten(0, 1).gather(1, keys)
     model.memorize(input_ids, past_key_values=cache)
+    tokens = FIRST_FACT + keys * NUM_VALUES + values
+    positions = 16 * length + (input_ids[:, None] == tokens[:, :, None]).long().argmax(-1)  # (rows, facts)
     curve, at, started, first = [], 0, time.perf_counter(), None
     for distance in distances:
         while at < distance:
             columns = min(max(length, TOKENS_PER_CALL // streams // length * length), distance - at)
             model.model(input_ids=noise(streams, columns), past_key_values=cache)
             at += columns
-        memory = cache.layers[0].state.memory  # a ring of one block: a slot stays in its place
-        slots = torch.cat([memory.keys, memory.values], -1)
+        memory = cache.layers[0].state.memory
+        slots, is_there = slots_of(memory, positions)
         if first is None:
-            first = slots
-            place, is_whole = slots_of_facts(model, FIRST_FACT + keys * NUM_VALUES + values, slots)
-            is_fact = torch.zeros(slots.shape[:3], dtype=torch.bool).scatter_(1, place, is_whole)
-        changed = (slots - first).norm(dim=-1) / first.norm(dim=-1)  # (rows, M, heads)
-        survives = (1 - changed).clamp_min(0).gather(1, place) * is_whole
-        is_same = (slots == first).all(-1)
+            first, was_there, others_first = slots, is_there, memory.positions
+            is_fact = (others_first[:, None] == positions[:, :, None, None]).any(1)  # (rows, M, heads)
+        changed = (slots - first).norm(dim=-1) / first.norm(dim=-1)  # (rows, facts, heads)
+        is_kept = is_there & was_there
+        survives, is_same = (1 - changed).clamp_min(0) * is_kept, (slots == first).all(-1) & is_kept
+        others_kept = (others_first[:, :, None] == memory.positions[:, None]).any(2)[~is_fact]
         point = {"tokens": at, "segments": at // length, **measure(model, cache, keys, values, others)}
         point |= {
-            "fact_written_by_a_head": is_whole.any(-1).float().mean().item(),
+            "fact_written_by_a_head": was_there.any(-1).float().mean().item(),
             "fact_survives": survives.amax(-1).mean().item(),
-            "fact_slots_bit_for_bit": is_same[is_fact].float().mean().item(),
-            "fact_bit_for_bit_in_a_head": (is_same.gather(1, place) & is_whole).any(-1).float().mean().item(),
-            "other_slots_bit_for_bit": is_same[~is_fact].float().mean().item(),
+            "fact_slots_bit_for_bit": is_same[was_there].float().mean().item(),
+            "fact_bit_for_bit_in_a_head": is_same.any(-1).float().mean().item(),
+            "other_slots_kept": others_kept.float().mean().item(),
             "state_bytes": cache.nbytes,
             "seconds": round(time.perf_counter() - started, 1),
         }
@@ -178,7 +172,7 @@ def follow(model: RMTForCausalLM, distances: list[int], streams: int) -> list[di
 def plot(results: list[dict], path: Path) -> None:
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     accuracy, retention = figure.subplots(1, 2)
-    slots = ("fact_survives", "fact_bit_for_bit_in_a_head", "fact_slots_bit_for_bit", "other_slots_bit_for_bit")
+    slots = ("fact_survives", "fact_bit_for_bit_in_a_head", "fact_slots_bit_for_bit", "other_slots_kept")
     for axes, names in ((accuracy, CONDITIONS), (retention, slots)):
         for index, name in enumerate(names):
             for result in results:

@@ -17,6 +17,12 @@ from torch import Tensor
 
 
 LEAST = -1e4  # the strength of what shall not be kept: it only fills a slot until something else comes
+STEP = 2.0**-10  # strengths are compared in whole steps: what is equal but for rounding is equal
+
+
+def in_steps(strength: Tensor) -> int:
+    """The strength to sort by."""
+    return round(strength.item() / STEP)
 
 
 class Part(NamedTuple):
@@ -197,7 +203,7 @@ class ReferenceModel:
         slots = []
         for chunk in range(start, end, self.config.chunk_length):
             positions = range(chunk, chunk + self.config.chunk_length)
-            best_first = sorted(positions, key=lambda p: -strength_at[p].item())  # stable: of equals, the earlier
+            best_first = sorted(positions, key=lambda p: -in_steps(strength_at[p]))  # stable: of equals, the earlier
             for p in best_first[: self.config.num_slots_per_chunk]:
                 value = state.values[p][g]
                 if part.uses_score:
@@ -226,8 +232,10 @@ class ReferenceModel:
                     candidates = self.average(state, start, g)
                 else:
                     candidates = self.select(ring, part, state, start, g, taken[g])
-                candidates.sort(key=lambda slot: -slot.strength.item())
-                oldest = sorted(slots[: len(candidates)], key=lambda s: -math.inf if s is None else s.strength.item())
+                candidates.sort(key=lambda slot: -in_steps(slot.strength))
+                oldest = sorted(
+                    slots[: len(candidates)], key=lambda s: -math.inf if s is None else in_steps(s.strength)
+                )
                 youngest = [self.merge(ring, g, old, new) for old, new in zip(oldest, candidates, strict=True)]
                 taken[g] = {slot.position for slot in youngest if slot.position >= start}
                 heads.append(slots[len(candidates) :] + youngest)
@@ -251,7 +259,7 @@ class ReferenceModel:
             (1 - gamma) * old.key + gamma * new.key,
             (1 - gamma) * old.value + gamma * new.value,
             (1 - gamma) * faded + gamma * new.strength,
-            new.position if gamma.item() > 0.5 else old.position,
+            new.position if gamma.item() > 0.5 + STEP else old.position,
         )
 
 
@@ -292,6 +300,10 @@ class ReferenceStream:
                     model.write(f"model.layers.{i}.self_attn", state, segment)
         head = model.weights.get("lm_head.weight", model.weights["model.embed_tokens.weight"])
         return head @ self.last_hidden
+
+    def prefix(self, layer: int, first: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Rotated keys and values (G, D) that tokens of a window see before it; it begins at `first`."""
+        return self.model.prefix(f"model.layers.{layer}.self_attn", self.layers[layer], first)
 
     def memory(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keys and values (M, G, D), strengths and positions (M, G), part after part, each oldest group first.

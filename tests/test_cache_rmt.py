@@ -88,6 +88,18 @@ def test_any_size_of_call_gives_the_same(models, form, size, with_gradients):
 
 
 @every_form
+def test_of_equal_tokens_the_same_is_kept_in_any_call(models, form):
+    """In the first layer a learned score is one of the token alone, so that text is full of equal ones."""
+    model, ids = models[form], tiny_ids(2, LENGTH) % 3 + 3
+    with torch.no_grad():
+        at_once, expected = read(model, ids)
+        for cuts in ((1,) * (LENGTH - 1), (S + 3, 1, 2 * S), (5, 1, 1, S + 1)):
+            logits, cache = read(model, ids, cuts)
+            torch.testing.assert_close(logits, at_once, **CLOSE)
+            assert_same_rows(cache, expected, model.config)
+
+
+@every_form
 @settings(max_examples=25)
 @given(data=st.data())
 def test_any_cuts_pads_and_neighbours_give_what_each_row_gives_alone(models, form, data):

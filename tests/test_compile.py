@@ -1,13 +1,11 @@
-"""A compiled decoding step is compiled once, serves the whole stream, and gives what the plain step gives."""
+"""A compiled decoding step is compiled twice, serves the whole stream, and gives what the plain step gives."""
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from rmt_hf import last_layer_rmt
-from rmt_hf.layout_rmt import fixed_step, plan_call
 from test_cache_rmt import CLOSE, FORMS, S, assert_same_rows, every_form, prompts
-from tiny import pad_left, read, tiny_config, tiny_ids, tiny_model
+from tiny import pad_left, read, tiny_ids, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -18,36 +16,38 @@ def forget_what_was_compiled():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("rows", "length"), [(1, 2), (5, S)])
 @every_form
-@pytest.mark.parametrize("rows", [1, 5])
-def test_compiled_once_for_every_position(form, rows):
-    """From the first tokens, when memory is empty, over segment ends, to a ring that has turned."""
-    model, counter = tiny_model(**FORMS[form]), CompileCounter()
+def test_compiled_once_without_a_write_and_once_with_one(form, rows, length):
+    """From the first tokens, when memory is empty, over segment ends, to a ring that has turned.
+
+    Rows that stand at different positions, and windows of any number of observing tokens, are no other graphs.
+    """
+    model, counter = tiny_model(**FORMS[form] | {"num_observing_tokens": length}), CompileCounter()
     batch = pad_left(prompts()[:rows])
     _, cache = read(model, batch["input_ids"], mask=batch["attention_mask"])
     expected = cache.clone()
     compiled = torch.compile(model.forward, backend=counter)
-    more, counts = tiny_ids(rows, 6 * S + 3, seed=3), []
-    for column in more.split(1, 1):
+    counts: dict[bool, set[int]] = {False: set(), True: set()}
+    for column in tiny_ids(rows, 6 * S + 3, seed=3).split(1, 1):
+        before = counter.frame_count
         logits = compiled(input_ids=column, past_key_values=cache).logits
         torch.testing.assert_close(logits, model(column, past_key_values=expected).logits, **CLOSE)
-        counts.append(counter.frame_count)
+        counts[any(position % S == 0 for position in cache.positions)].add(counter.frame_count - before)
     assert_same_rows(cache, expected, model.config)
-    assert counts[0] > 0 and set(counts) == {counts[0]}  # all in the first step
+    new = [sorted(found)[::-1] for found in counts.values()]
+    assert all(len(found) == 2 and found[1] == 0 for found in new)  # the first step of each kind, and no other one
+    assert sum(found[0] for found in new) == 2 + 1  # the layers of each kind, and the head
 
 
 @torch.no_grad()
-def test_generate_with_a_compiled_forward(monkeypatch):
+def test_generate_with_a_compiled_forward():
     model, ids = tiny_model(), tiny_ids(1, 2 * S + 5)
     settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 5 * S}
     expected = model.generate(ids, **settings)
-    counter, original, seen = CompileCounter(), last_layer_rmt.plan_call, []
-    monkeypatch.setattr(
-        last_layer_rmt, "plan_call", lambda *args: seen.append(torch.compiler.is_compiling()) or original(*args)
-    )
+    counter = CompileCounter()
     model.forward = torch.compile(model.forward, backend=counter)
     assert torch.equal(model.generate(ids, **settings), expected)
-    assert seen == [False] * 2  # the last layer of the prompt is not compiled
     compiled = counter.frame_count
     assert torch.equal(model.generate(ids, **settings), expected)
     assert counter.frame_count == compiled > 0
@@ -64,33 +64,6 @@ def test_the_default_compiler_gives_the_same():
         logits = compiled(input_ids=column, past_key_values=cache).logits
         # float32: sums in another order
         torch.testing.assert_close(logits, model(column, past_key_values=expected).logits, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("sink", [False, True])
-@pytest.mark.parametrize("lookback", [0, 1, 2])
-def test_the_fixed_view_shows_what_the_planned_one_shows(lookback, sink):
-    """Columns of the window that each row sees, at every place of the segment, alone and beside another row."""
-    config = tiny_config(num_lookback_segments=lookback, use_attention_sink=sink)
-
-    def seen(layout, row: int, kind: str) -> set:
-        (start, end), mask = getattr(layout.step, f"{kind}_span"), getattr(layout.step, f"{kind}_mask")
-        names: list = list(range(start, end))
-        if kind == "global" and layout.sink_position_ids is not None:
-            ids = layout.sink_position_ids
-            names.insert(0, ("sink", ids[min(row, len(ids) - 1), 0].item()))
-        visible = torch.ones(1, len(names)) if mask is None else mask[min(row, len(mask) - 1), 0]
-        return {names[column] for column in visible[0].nonzero().flatten().tolist()}
-
-    for first in range(1, 5 * S):
-        for starts in ([first], [first, 2 * S + 3]):
-            planned = plan_call(config, starts, None, 1, torch.device("cpu"))
-            fixed = fixed_step(config, planned.position_ids)
-            assert (fixed.form, fixed.length, fixed.step.global_span) == ("step", 1, (S, (lookback + 2) * S))
-            columns = [step.columns.flatten().expand(len(starts)).tolist() for step in (fixed.step, planned.step)]
-            assert columns[0] == columns[1]
-            for row in range(len(starts)):
-                for kind in ("global", "local"):
-                    assert seen(fixed, row, kind) == seen(planned, row, kind)
 
 
 @every_form

@@ -23,15 +23,18 @@ from rmt_hf.distillation import (
 )
 from rmt_hf.facts import read_background
 from rmt_hf.training import RMTTrainingArguments
-from test_conversion import FIELDS, WINDOW, make_source
+from test_conversion import LOCAL, WINDOW, make_source
 from tiny import tiny_ids
 
 
+FIELDS = {**LOCAL, "num_lasting_slots": 8}  # everything that can be trained
 TEXT = "The sea was calm. A boat lay still? Nobody spoke! The evening came and went, and so did we. " * 60
 
 
-def make_trainer(tmp_path, rows: list[dict], teacher=None, **settings) -> DistillationTrainer:
-    source = make_source("llama", torch.float32)
+def make_trainer(
+    tmp_path, rows: list[dict], teacher=None, dtype: torch.dtype = torch.float32, **settings
+) -> DistillationTrainer:
+    source = make_source("llama", dtype)
     model = add_memory(source, **FIELDS).train()
     freeze_base(model)
     fixed = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": 1}
@@ -96,14 +99,15 @@ def test_training_comes_nearer_to_the_teacher_and_touches_memory_alone(tmp_path)
     assert last < 0.95 * first
     changed = {name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed <= set(memory_parameters(trainer.model))
-    assert any(name.endswith("fusion.scale") for name in changed)
-    assert any(name.endswith("memory_q_proj.weight") for name in changed)
+    for part in ("fusion.scale", "memory.score_proj.weight", "memory.rings.1.gate_weight"):
+        assert any(name.endswith(part) for name in changed), part
     assert all(torch.equal(tensor, teacher[name]) for name, tensor in trainer.teacher.state_dict().items())
 
 
 def test_accumulated_steps_are_the_mean_of_their_rows(tmp_path):
     rows = [make_row(3 * WINDOW, seed, 2) for seed in (0, 1)]
-    trainer = make_trainer(tmp_path, rows, gradient_accumulation_steps=2, max_grad_norm=0.0)
+    # float32 would round what is taken from a gate_scale of 8
+    trainer = make_trainer(tmp_path, rows, dtype=torch.float64, gradient_accumulation_steps=2, max_grad_norm=0.0)
     inputs = [{name: torch.tensor([value]) for name, value in row.items()} for row in rows]
     names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     parameters = [dict(trainer.model.named_parameters())[name] for name in names]
@@ -127,6 +131,8 @@ def test_every_trained_parameter_is_in_one_group(is_adapted):
     scales, others = parameter_groups(model, 1e-3, 5.0)
     assert (scales["lr"], others["lr"]) == (5e-3, 1e-3)
     assert len(scales["params"]) == model.config.num_hidden_layers
+    (only,) = parameter_groups(add_memory(make_source("llama"), segment_length=8), 1e-3)
+    assert only["lr"] == 1e-3 and only["params"]
     trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(id(parameter) for group in (scales, others) for parameter in group["params"]) == sorted(trained)
 

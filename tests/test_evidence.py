@@ -7,6 +7,7 @@ import torch
 
 from rmt_hf import evidence, recall
 from rmt_hf.evidence_report import differences, mean_and_error, read_runs
+from rmt_hf.modeling_rmt import FADE, GATE_BIAS, GATE_SCALE
 from rmt_hf.peers import num_parameters
 
 
@@ -59,7 +60,7 @@ def test_every_row_differs_from_the_default_and_from_every_other():
     for name, row in evidence.ROWS.items():
         if row.peer is None:
             model = evidence.build(row, base, 0)
-            rings = [p.tolist() for n, p in model.named_parameters() if n.endswith(("gate_scale", "fade"))]
+            rings = [p.tolist() for n, p in model.named_parameters() if n.endswith(("gate_scale", "gate_bias", "fade"))]
             fields = {key: value for key, value in model.config.to_dict().items() if key != "intermediate_size"}
             found[name] = json.dumps([fields, rings])
     assert len(set(found.values())) == len(found)
@@ -113,8 +114,11 @@ def test_parts_groups_and_gates_are_what_they_say(base):
     for name, share in {"one group": 1, "groups of a quarter": 4}.items():
         assert built[name].config.num_slots_per_segment * share == slots
         assert built[name].config.chunk_length == base.chunk_length
-    gates = {"default": (1, 0.1), "no fade": (1, 0), "fade 0.4": (1, 0.4), "hard gates": (8, 0.1)}
-    for name, (scale, fade) in gates.items():
+    begin = (GATE_SCALE, GATE_BIAS, FADE)
+    gates = {"default": begin, "fade 0.1": (*begin[:2], 0.1), "fade 0.4": (*begin[:2], 0.4)}
+    gates |= {"hard gates": (8.0, *begin[1:]), "half-open gates": (GATE_SCALE, 0.0, FADE)}
+    for name, wanted in gates.items():
         for layer in built[name].model.layers:
             (ring,) = layer.self_attn.memory.rings
-            assert (ring.gate_scale == scale).all() and (ring.fade == torch.tensor(fade)).all()
+            for parameter, value in zip((ring.gate_scale, ring.gate_bias, ring.fade), wanted, strict=True):
+                assert (parameter == torch.tensor(value)).all()

@@ -9,18 +9,17 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from rmt_hf import RMTCache, RMTMemoryCallback, RMTTrainer, RMTTrainingArguments
+from rmt_hf import RMTCache, RMTMemoryCallback, RMTTrainer, RMTTrainingArguments, monitoring
 from rmt_hf.lane_state import LaneState
 from rmt_hf.memory_rmt import Slots, stretched_sigmoid
-from rmt_hf.monitoring import LayerMeans, note_slots, read_once_more, slot_attention
-from rmt_hf.paths_rmt import memory_attention
-from tiny import tiny_config, tiny_ids, tiny_model
+from rmt_hf.monitoring import LayerMeans, note_slots, read_once_more
+from tiny import FORMS, tiny_config, tiny_ids, tiny_model
 
 
-S = 8  # segment_length of the tiny configuration: a window of two segments, a ring of four writes of two slots
+S = 8  # segment_length of the tiny configuration: a window of two segments, a ring of four groups of two slots
 GATES = {"memory_gate_mean", "memory_gate_open", "memory_gate_shut"}
 SLOTS = {f"memory_{part}_{kind}" for part in ("key", "value") for kind in ("norm", "similarity")}
-ALL = GATES | SLOTS | {"memory_slot_use", "memory_read_age", "fusion_local", "fusion_memory"}
+ALL = GATES | SLOTS | {"memory_slot_use", "memory_read_age", "fusion_local"}
 
 
 def figures(model, columns: int = 20 * S, num_segments: int = 100, **inputs) -> list[dict[str, float]]:
@@ -33,8 +32,10 @@ def with_gate_bias(bias: float, **overrides):
     """A model all of whose memory gates have one opening."""
     model = tiny_model(**overrides)
     for layer in model.model.layers:
-        layer.self_attn.memory.gate_weight.data.zero_()
-        layer.self_attn.memory.gate_bias.data.fill_(bias)
+        for ring in layer.self_attn.memory.rings:
+            for parameter in (ring.gate_weight, ring.gate_scale, ring.gate_bias):
+                parameter.data.zero_()
+            ring.gate_bias.data.fill_(bias)
     return model
 
 
@@ -51,59 +52,93 @@ def test_gates_are_those_of_writes_that_meet_something(bias: float, shut: float,
     assert GATES.isdisjoint(first) and GATES.isdisjoint(second)
 
 
-def test_weights_are_those_that_memory_is_read_with() -> None:
-    for overrides in ({}, {"use_qk_norm": True}):
-        model = tiny_model(**overrides)
-        memory = model.memorize(tiny_ids(2, 9 * S)).layers[1].state.memory
-        attention, hidden = model.model.layers[1].self_attn, torch.randn(2, 5, 32, dtype=torch.float64)
-        query = attention.memory_q_proj(hidden).unflatten(-1, (4, -1))
-        query = attention.memory_q_norm(query) if attention.use_qk_norm else query
-        expected = memory_attention(attention, query, memory.map(lambda tensor: tensor[:, None]))
-        weights = slot_attention(attention, hidden, memory)
-        found = torch.einsum("bgrtm,bmgd->btgrd", weights, memory.values).flatten(2, 3)
-        torch.testing.assert_close(found, expected)
-
-
-def test_reads_of_a_model_that_reads_all_slots_alike() -> None:
-    model = tiny_model(memory_write="mean")
+def test_gates_of_both_parts_are_noted() -> None:
+    """Lasting slots that stay, and present slots that go."""
+    model = with_gate_bias(20.0, **FORMS["two parts"])
     for layer in model.model.layers:
-        layer.self_attn.memory_q_proj.weight.data.zero_()
+        layer.self_attn.memory.rings[0].gate_bias.data.fill_(-20.0)
+    for layer in figures(model):
+        # Nearly as many of each: no gate decides about the first token, nor about what the other part has taken.
+        assert layer["memory_gate_shut"] == pytest.approx(1 - layer["memory_gate_open"]) == pytest.approx(0.5, abs=0.01)
+        assert layer["memory_gate_mean"] == pytest.approx(layer["memory_gate_open"])
+
+
+@pytest.mark.parametrize("columns", [S, S + 5, 3 * S + 3])
+@pytest.mark.parametrize("form", ["gated select", "two parts", "present", "mean"])
+def test_weights_are_those_that_slots_are_read_with(form: str, columns: int, monkeypatch) -> None:
+    """In a call from within a segment on, and with rows at two positions: what eager attention says."""
+    model, found = tiny_model(**FORMS[form]), []
+
+    def collect(weights, memory, layout, *others) -> None:
+        by_view = weights.flatten(1, 2).flatten(2, 3)  # (B, F * queries, H, M)
+        found.append(layout.collect(by_view).transpose(1, 2))
+
+    monkeypatch.setattr(monitoring, "note_reads", collect)
+    model.set_attn_implementation("eager")
+    ids, mask = tiny_ids(2, 4 * S + 3), torch.arange(4 * S + 3) >= torch.tensor([[0], [S + 2]])
+    more, state = tiny_ids(2, columns, seed=1), RMTCache(model.config)
+    model(ids, attention_mask=mask, past_key_values=state)
+    with torch.no_grad(), monitoring.watched(model.model, {"input_ids": more}, [LayerMeans(), LayerMeans()], True):
+        attentions = model(more, past_key_values=state, output_attentions=True).attentions
+    slots, prefix = model.config.num_memory_slots, model.config.prefix_length
+    for weights, expected in zip(found, attentions, strict=True):
+        torch.testing.assert_close(weights, expected[..., prefix - slots : prefix], rtol=0, atol=1e-6)  # in float32
+        assert weights[:, :, -1].sum() > 0.01
+
+
+def test_reads_of_a_model_that_reads_everything_alike() -> None:
+    model = with_gate_bias(20.0, memory_write="mean")
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
     for layer in figures(model, 8 * S):
-        # Segments 2 to 7 find these writes of two slots each, and the null slot; the newest is 2 segments old.
-        filled = [1, 2, 3, 4, 4, 4]
-        shares = [2 * n / (2 * n + 1) for n in filled]
-        assert layer["memory_slot_use"] == pytest.approx(sum(shares) / 6)
-        ages = [1 + (n + 1) / 2 for n in filled]
+        # Tokens of segments 2 to 7 find these writes of two slots each, the newest two segments old, and the window.
+        filled = [(n, place) for n in (1, 2, 3, 4, 4, 4) for place in range(S)]
+        shares = [2 * n / (2 * n + S + place + 1) for n, place in filled]
+        assert layer["memory_slot_use"] == pytest.approx(sum(shares) / len(shares))
+        ages = [1 + (n + 1) / 2 for n, _ in filled]
         expected = sum(share * age for share, age in zip(shares, ages, strict=True)) / sum(shares)
         assert layer["memory_read_age"] == pytest.approx(expected)
 
 
-def test_shares_of_fusion() -> None:
+def test_a_slot_is_as_old_as_its_token() -> None:
+    """Gates that are shut keep what was written first: tokens of segment t read what is t - 1 or t - 2 segments old."""
+    model = with_gate_bias(-20.0, num_memory_slots=4)
+    model.model.layers[0].self_attn.q_proj.weight.data.zero_()
+    for num_segments in (4, 9):
+        layer = figures(model, num_segments * S, num_segments=1)[0]
+        assert layer["memory_read_age"] == pytest.approx(num_segments - 1.5)
+    # What has a softmax of its own, without a sink, is all that it reads.
+    for layer in figures(tiny_model(**FORMS["paper"])):
+        assert layer["memory_slot_use"] == pytest.approx(1.0)
+
+
+def test_the_share_of_the_local_path() -> None:
     model = tiny_model()
     for layer in model.model.layers:
         layer.self_attn.fusion.gate.weight.data.zero_()
-        layer.self_attn.fusion.gate.bias.data = torch.tensor([0.3, -1.0] * 4).double()
-        layer.self_attn.fusion.scale.data = torch.tensor([[2.0, 0.5]] * 4).double()
+        layer.self_attn.fusion.gate.bias.data.fill_(0.3)
+        layer.self_attn.fusion.scale.data.fill_(2.0)
     for layer in figures(model):
         assert layer["fusion_local"] == pytest.approx(2 / (1 + math.exp(-0.3)), rel=1e-6)
-        assert layer["fusion_memory"] == pytest.approx(0.5 / (1 + math.exp(1.0)), rel=1e-6)
     for index, layer in enumerate(figures(model := tiny_model(fusion_type="softmax"))):
-        expected = model.model.layers[index].self_attn.fusion.logits.softmax(0).tolist()
-        assert [layer[f"fusion_{name}"] for name in ("global", "local", "memory")] == pytest.approx(expected, rel=1e-6)
+        expected = model.model.layers[index].self_attn.fusion.logits.softmax(0)[1].item()
+        assert layer["fusion_local"] == pytest.approx(expected, rel=1e-6)
+    assert all("fusion_local" not in layer for layer in figures(tiny_model(use_local_attention=False)))
 
 
 def test_slots_that_hold_something_are_measured_two_by_two() -> None:
     generator, means = torch.Generator().manual_seed(0), LayerMeans()
     keys, values = (torch.randn(1, 4, 1, 3, generator=generator, dtype=torch.float64) for _ in range(2))
     strengths = torch.tensor([-torch.inf, -1.0, 0.0, -2.0]).reshape(1, 4, 1)
-    note_slots(Slots(keys, values, strengths), means)
+    positions = torch.tensor([-1, 3, 1, 7]).reshape(1, 4, 1)
+    note_slots(Slots(keys, values, strengths, positions), means)
     for part, states in (("key", keys[0, 1:, 0]), ("value", values[0, 1:, 0])):
         cosines = torch.nn.functional.cosine_similarity(states[:, None], states[None], dim=-1)
         expected = (cosines[0, 1] + cosines[0, 2] + cosines[1, 2]) / 3
         assert means.means()[f"memory_{part}_similarity"] == pytest.approx(expected.item())
         assert means.means()[f"memory_{part}_norm"] == pytest.approx(states.norm(dim=-1).mean().item())
     nothing = LayerMeans()
-    note_slots(Slots(keys, values, torch.full_like(strengths, -torch.inf)), nothing)
+    note_slots(Slots(keys, values, torch.full_like(strengths, -torch.inf), -torch.ones_like(positions)), nothing)
     assert nothing.means() == {}
 
 
@@ -125,7 +160,7 @@ def test_another_document_finds_empty_memory() -> None:
     for index, layer in enumerate(packed):
         first, second = (each[index] for each in both)
         assert GATES.isdisjoint(layer)  # neither has filled the ring
-        assert layer["fusion_memory"] == pytest.approx((first["fusion_memory"] + second["fusion_memory"]) / 2)
+        assert layer["fusion_local"] == pytest.approx((first["fusion_local"] + second["fusion_local"]) / 2)
         assert layer["memory_slot_use"] == pytest.approx((first["memory_slot_use"] + second["memory_slot_use"]) / 2)
         assert layer["memory_value_norm"] == pytest.approx(second["memory_value_norm"])
 
@@ -226,7 +261,7 @@ def test_no_more_rows_and_segments_than_asked_for(tmp_path, monkeypatch) -> None
     assert len(calls) == 1 + 5
 
 
-def test_what_is_before_the_last_segments_is_read_in_one_go() -> None:
+def test_what_is_before_the_last_segments_is_read_in_one_call() -> None:
     model, reads = tiny_model(), {"memory_slot_use", "memory_read_age"}
     for layer, expected in zip(figures(model, 14 * S + 3, num_segments=2), figures(model, 14 * S + 3), strict=True):
         assert layer.keys() == expected.keys()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rmt_hf import RMTForCausalLM, retrofit_evidence
-from rmt_hf.controls import empty_memories
+from rmt_hf.controls import empty_memories, stream_bits
 from rmt_hf.conversion import add_memory
 from rmt_hf.data import IGNORED, train_tokenizer
 from rmt_hf.distillation import ask_all, code_stories
@@ -82,12 +82,13 @@ def test_contenders_have_our_window_or_our_state(evidence):
     assert abs(state_bytes(with_sink, 1, 4 * equal) - ours) <= 3 * theirs / equal
 
 
-def test_a_window_with_sink_is_a_new_conversion(evidence):
+def test_a_window_with_sink_is_a_conversion_whose_memory_is_emptied(evidence):
     ids = tiny_ids(2, 4 * WINDOW)
     made = contenders(evidence.model, evidence.source)[f"window of {WINDOW} and sink"]()
     assert made.config.use_attention_sink and not made.config.num_memory_slots
-    with torch.no_grad():
-        torch.testing.assert_close(made(ids).logits, evidence.model(ids).logits, rtol=0, atol=1e-4)
+    bits = stream_bits(evidence.model, ids, {"empty": empty_memories})
+    torch.testing.assert_close(token_bits(made, ids), bits["empty"], rtol=0, atol=1e-4)
+    assert not torch.allclose(bits["own"], bits["empty"], rtol=0, atol=1e-2)
 
 
 def test_text_lines_are_sums_of_bits_and_bytes(evidence):
@@ -99,9 +100,12 @@ def test_text_lines_are_sums_of_bits_and_bytes(evidence):
     tokens = [len(evidence.tokenizer.convert_ids_to_tokens([i])[0]) if i else 0 for i in ids[0, 16:].tolist()]
     assert line["bytes"][0][1] == sum(tokens)
     lines = {line["contender"]: line for line in text_lines("text", OURS, evidence, ids, edges)}
-    # As converted, memory counts for nothing: no control changes a bit.
     assert set(lines) == {OURS, EMPTIED, PASSED_ON}
-    assert lines[OURS]["bits"] == lines[EMPTIED]["bits"] == lines[PASSED_ON]["bits"]
+    within, beyond = zip(
+        *([[each[i] for each in line["bits"]] for i in (0, 1)] for line in lines.values()), strict=True
+    )
+    assert all(each == within[0] for each in within)  # memory counts for nothing, and then it does
+    assert len({tuple(each) for each in beyond}) == 3
     alone = [line["contender"] for line in text_lines("stream", OURS, evidence, ids[:1], edges)]
     assert alone == [OURS, EMPTIED]
 
@@ -160,8 +164,6 @@ def test_an_emptied_memory_is_emptied_before_the_question(evidence, tokenizer):
         empty_memories(state)
         found.append(state.positions[0])
 
-    for layer in evidence.model.model.layers:
-        torch.nn.init.ones_(layer.self_attn.fusion.scale)  # memory counts
     hits = recall(evidence.model, row, [None, control, None])
     assert found == [row.answers[0][0] - 32] and hits[0] == hits[2]
 
@@ -198,7 +200,8 @@ def test_what_is_measured_once_is_not_measured_again(evidence, tmp_path, monkeyp
     monkeypatch.setattr(retrofit_evidence, "shakespeare", lambda count=None: (None, {"text": [TEXT, TEXT[40:]]}))
     monkeypatch.setattr(retrofit_evidence, "tokenize", lambda rows, by: by(rows["text"]))
     longer = {"segment_length": 64, "chunk_length": 8, "num_memory_slots": 16}  # a window that holds the facts
-    for name, part in (("source", evidence.source), ("model", add_memory(evidence.source, **longer))):
+    model = add_memory(evidence.source, num_slots_per_chunk=1, **longer)
+    for name, part in (("source", evidence.source), ("model", model)):
         part.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     sizes = ["--documents", "2", "--document-tokens", "200", "--windows", "4", "8", "--recall-rows", "2"]

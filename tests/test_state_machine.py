@@ -12,17 +12,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from reference import LayerState, ReferenceModel, ReferenceStream
 from rmt_hf import RMTCache
-from tiny import tiny_model
+from tiny import segments_alone, tiny_model
 
 
 S, VOCABULARY, MOST_ROWS = 4, 11, 4
 
 SIZE = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
 SIZE |= {"chunk_length": 2, "segment_length": S}
-# Forms of the model that differ in every field that the state depends on; rings of 3, 1 and 2 writes.
+# Forms of the model that differ in every field that the state depends on; rings of three groups, two and one.
 FORMS = {
     "gated": {"num_memory_slots": 6, "num_key_value_heads": 1},
-    "sink": {"use_attention_sink": True},
+    "parts": {"num_memory_slots": 6, "num_lasting_slots": 2, "use_attention_sink": True, "num_observing_tokens": 1},
     "paper": {"num_memory_slots": 2, "fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
     "mean": {"num_memory_slots": 8, "memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2},
 }
@@ -38,7 +38,8 @@ def model_of(form: str):
     """A model whose gates keep exactly, replace exactly, and mix."""
     model = tiny_model(**SIZE, **FORMS[form])
     for layer in model.model.layers:
-        layer.self_attn.memory.gate_weight.data *= 3
+        for ring in layer.self_attn.memory.rings:
+            ring.gate_weight.data *= 3
     return model
 
 
@@ -78,22 +79,32 @@ def assert_logits(form: str, logits: torch.Tensor, row: Row) -> None:
 
 
 def assert_state(form: str, cache: RMTCache, rows: list[Row]) -> None:
-    """Clock, memory, and the window as attention reads it: without the segment that is only kept for a rewind."""
-    streams = [after(form, tokens_of(row))[0] for row in rows]
+    """Clock, memory, and what attention reads: not the segment that is only kept for a rewind, nor a stale prefix."""
+    streams, config = [after(form, tokens_of(row))[0] for row in rows], model_of(form).config
     assert cache.positions == [stream.position for stream in streams]
     assert (cache.get_seq_length(), cache.nbytes) == (len(rows[0]), len(rows) * bytes_per_row(form))
-    lookback = cache.fingerprint["num_lookback_segments"]
+    lookback, before = config.num_lookback_segments, S + config.prefix_length
     for row, stream in enumerate(streams):
         segment, offset = divmod(stream.position, S)
         start = max(0, segment - lookback) * S
         live = slice(max(1, lookback + 1 - segment) * S, (lookback + 1) * S + offset)
         for index, theirs in enumerate(stream.layers):
             ours = cache.layers[index].state
-            got = [ours.keys[row, :, live].transpose(0, 1), ours.values[row, :, live].transpose(0, 1)]
+            got = [segments_alone(states, config)[row, :, live].transpose(0, 1) for states in ours[:2]]
             got += [ours.scores[row, live], *(tensor[row] for tensor in ours.memory)]
             want = [*theirs.rotated_keys[start:], *theirs.values[start:], *theirs.scores[start:]]
             want += stream.memory(index)
-            flat = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (got, want))
+            num_asked = ours.queries.shape[2] // 2  # of the segment, its last tokens
+            for back, known in ((1, S), (0, offset)):
+                asked = range(S - num_asked, known) if segment >= back else []
+                columns = [(1 - back) * num_asked + place - S + num_asked for place in asked]
+                got.append(ours.queries[row, :, columns].transpose(0, 1))
+                want += [theirs.rotated_queries[(segment - back) * S + place] for place in asked]
+            if not cache.is_stale:
+                for states, expected in zip(ours[:2], stream.prefix(index, start), strict=True):
+                    got.append(states[row, :, before - len(expected) : before].transpose(0, 1))
+                    want += expected
+            flat = (torch.cat([tensor.double().flatten() for tensor in tensors]) for tensors in (got, want))
             torch.testing.assert_close(*flat, **CLOSE)
 
 

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as in a Llama
-MEMORY_PROJECTION = "memory_q_proj"  # low rank too
-MEMORY_MODULES = ("memory", "memory_q_norm")  # whole
-FUSION_MODULE = "fusion"  # whole
 
 
 def memory_lora_config(config: RMTConfig, memory_only: bool = False, **fields: Any) -> "LoraConfig":
@@ -23,8 +20,7 @@ def memory_lora_config(config: RMTConfig, memory_only: bool = False, **fields: A
 
     Args:
         config: Of the model.
-        memory_only: Whether everything that a model without memory has stays as it is: the query of memory gets a
-            low-rank update, memory and fusion are trained.
+        memory_only: Whether memory and fusion alone are trained, and no projection is.
         fields: Of `peft.LoraConfig`; `task_type` is `"CAUSAL_LM"` unless it is given.
 
     Raises:
@@ -33,6 +29,7 @@ def memory_lora_config(config: RMTConfig, memory_only: bool = False, **fields: A
     """
     try:
         from peft import LoraConfig
+        from peft.utils.constants import DUMMY_TARGET_MODULES
     except ImportError as error:
         raise ImportError("memory_lora_config needs PEFT: pip install peft.") from error
     for name in ("target_modules", "modules_to_save"):
@@ -43,11 +40,7 @@ def memory_lora_config(config: RMTConfig, memory_only: bool = False, **fields: A
             )
     if memory_only and not config.num_memory_slots:
         raise ValueError("memory_only is for a model with memory, got num_memory_slots=0: leave it out.")
-    targets = [] if memory_only else [*PROJECTIONS]
-    whole: list[str] = []
-    if config.num_memory_slots:
-        targets.append(MEMORY_PROJECTION)
-        whole += MEMORY_MODULES if config.use_qk_norm else MEMORY_MODULES[:1]
-    if config.num_memory_slots or config.use_local_attention:
-        whole.append(FUSION_MODULE)
+    has_fusion = config.use_local_attention or (config.fusion_type == "softmax" and config.prefix_length > 0)
+    whole = ["memory"] * (config.num_memory_slots > 0) + ["fusion"] * has_fusion
+    targets = DUMMY_TARGET_MODULES if memory_only else [*PROJECTIONS]  # PEFT's word for none
     return LoraConfig(**{"task_type": "CAUSAL_LM", **fields}, target_modules=targets, modules_to_save=whole or None)

@@ -47,25 +47,24 @@ def rotary_turns(config: RMTConfig) -> torch.Tensor:
 
 
 Turn = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (..., 1, D) each
+Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
 
 class Tables(NamedTuple):
-    """What all layers need of a call: rotary tables of its columns, of the segments that are written, and of the prefix
-    of each view and of the state after the call; masks, where queries cannot do without."""
+    """What all layers need of a call: rotary tables and masks."""
 
     columns: Turn
-    writes: Turn | None
-    prefixes: Turn | None
-    after: Turn | None
-    mask: torch.Tensor | None
+    writes: Turn | None  # of the segments that are written
+    prefixes: Turn | None  # of the prefix of each view
+    after: Turn | None  # of the prefix in the state after the call
+    mask: torch.Tensor | None  # None where queries can do without
     chunk_mask: torch.Tensor | None
 
 
 class RMTRotaryEmbedding(nn.Module):
     """Cosine and sine tables that do not lose precision along a stream.
 
-    Angles are integers: position times turns per position, modulo 2^64, which int64 multiplication does by itself. The
-    angle between two tokens therefore depends on their distance alone, at any position.
+    Angles are integers: position times turns per position, modulo 2^64, which int64 multiplication does by itself.
 
     Source: section 3.4 of arXiv 2507.00453 ("rotary encoding per head"); the integer form is ours.
     """
@@ -115,8 +114,6 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 class RMTSink(nn.Module):
     """A key and a value that every token sees before memory, once the stream's beginning has left the window.
 
-    Heads of a pretrained model rest on the first token when there is nothing to find, and lose their way without it.
-
     Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". Departs from it: the sink is
     learned, or of the begin-of-text token in a converted model.
     """
@@ -164,23 +161,16 @@ class RMTFusion(nn.Module):
 
 
 def eager_attention_forward(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in plain PyTorch: (B, H, Lq, D), (B, G, Lk, D), additive mask; returns (B, Lq, H, D) and weights."""
     key = key.repeat_interleave(module.num_key_value_groups, 1)
     value = value.repeat_interleave(module.num_key_value_groups, 1)
-    weights = query @ key.transpose(2, 3) * scaling
+    weights = query @ key.transpose(2, 3) * kwargs["scaling"]
     if attention_mask is not None:
         weights = weights + attention_mask
     weights = at_least_float32(weights).softmax(-1).to(query.dtype)
-    weights = F.dropout(weights, dropout, module.training)
+    weights = F.dropout(weights, kwargs.get("dropout", 0.0), module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -194,14 +184,9 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Softmax attention through the implementation that the configuration names.
 
-    Args:
-        query: (B, Lq, H, D).
-        key, value: (B, G, Lk, D).
-        mask: (B or 1, 1, Lq, Lk) bool, True where a key is seen.
-        is_causal: Whether the last query sees all keys, and each one before it one key less.
-
-    Returns:
-        (B, Lq, H, D), and the weights (B, H, Lq, Lk) if the implementation gives them.
+    Of queries (B, Lq, H, D), keys and values (B, G, Lk, D) and a mask (B or 1, 1, Lq, Lk) bool, True where a key is
+    seen; with `is_causal` the last query sees all keys, and each one before it one key less. Gives (B, Lq, H, D), and
+    the weights (B, H, Lq, Lk) if the implementation has them.
     """
     implementation = module.config._attn_implementation or "eager"
     num_queries, num_keys = query.shape[1], key.shape[2]
@@ -274,8 +259,7 @@ class RMTAttention(nn.Module):
 
         Args:
             hidden_states: (B, T, E), after the input norm.
-            layout: Where each column belongs.
-            tables: What all layers need of the call.
+            layout, tables: What all layers need of the call.
             state: The state before the call, None for new streams; not changed while gradients are recorded.
             keep_state: Whether to return a state.
 
@@ -294,12 +278,13 @@ class RMTAttention(nn.Module):
         prefix = None
         if tables.prefixes is not None:
             views = torch.arange(layout.num_views, device=query.device)[None]
-            memory = self.memory_after(frame, stages, views.clamp_max(layout.num_writes), layout.first_views, layout)
-            prefix = self.prefix(memory, tables.prefixes)
+            writes, began = views.clamp_max(layout.num_writes), layout.first_views
+            prefix = self.prefix(self.memory_after(frame, stages, writes, began, layout.is_packed), tables.prefixes)
             if layout.num_views == 1:
-                frame = frame.with_prefix(self.segment_length, (prefix[0][:, 0], prefix[1][:, 0]))
+                frame = frame.with_prefix(self.segment_length, [states[:, 0] for states in prefix])
         split = 0 if self.is_unified else self.prefix_length
-        window, weights = self.read(query, frame, prefix, layout, tables.mask, (split, self.prefix_length + self.window_length))
+        columns = (split, self.prefix_length + self.window_length)
+        window, weights = self.read(query, frame, prefix, layout, tables.mask, columns)
         local = self.attend_to_chunk(query, frame, layout, tables.chunk_mask) if self.use_local_attention else None
         own = self.read(query, frame, prefix, layout, tables.mask, (0, split))[0] if split else None
         output = self.o_proj(self.fusion(hidden_states, window, local, own).flatten(2))
@@ -319,7 +304,7 @@ class RMTAttention(nn.Module):
             zero = zero + self.memory(frame.memory, None)[1]
         return zero if self.sink is None else zero + self.sink()[2]
 
-    def prefix(self, memory: Slots, turn: Turn) -> tuple[torch.Tensor, torch.Tensor]:
+    def prefix(self, memory: Slots, turn: Turn) -> Pair:
         """Slots (B, V, M, G, D) in the order of the text, behind the sink, as keys and values (B, V, G, P, D)."""
         keys, values, _, positions = memory
         order = positions - (positions < 0).long()  # what was never written comes first, the sink next
@@ -337,66 +322,60 @@ class RMTAttention(nn.Module):
         self,
         query: torch.Tensor,
         frame: LayerState,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None,
+        prefix: Pair | None,
         layout: CallLayout,
         mask: torch.Tensor | None,
         columns: tuple[int, int],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention to a range of the columns of prefix and window: (B, T, H, D), exactly zero where none is seen."""
-        first, last = columns
+        (first, last), segment, num_views = columns, self.segment_length, layout.num_views
         is_window, width = last > self.prefix_length, self.prefix_length + self.window_length
-        outputs, all_weights = [], []
+        groups = layout.groups if mask is None else (ViewGroup(0, num_views, 0, width),)
         lead = 0 if mask is not None else layout.lead
         if lead:
-            at = self.window_length + (self.prefix_length if layout.num_views == 1 else 0)
-            keys, values = (states[:, :, at : at + lead] for states in frame[:2])
-            found = attend(self, query[:, :lead], keys, values, is_causal=True) if is_window else (torch.zeros_like(query[:, :lead]), None)
-            outputs.append(found[0])
-            all_weights.append(found[1])
-        if lead < layout.num_columns:
-            spread = layout.spread(query, layout.num_views * self.segment_length)
-        groups = layout.groups if mask is None else (ViewGroup(0, layout.num_views, 0, width),)
+            groups = (ViewGroup(0, 0, self.prefix_length, width), *groups)  # no view: the columns of the call
+        spread = query if lead == layout.num_columns else layout.spread(query, num_views * segment)
+        outputs, all_weights = [], []
         for group in groups:
-            asked = spread
-            if layout.num_views > 1:
-                asked = spread[:, group.first * self.segment_length : group.end * self.segment_length]
-            asked = asked.unflatten(1, (group.end - group.first, -1)).flatten(0, 1)
+            asked = spread if num_views == 1 else spread[:, group.first * segment : group.end * segment]
+            asked = asked if group.end else query[:, :lead]
+            asked = asked.unflatten(1, (max(1, group.end - group.first), -1)).flatten(0, 1)
             start, stop = max(first, group.start), min(last, group.stop)
             if start >= stop:
                 outputs.append(torch.zeros_like(asked).unflatten(0, (len(query), -1)).flatten(1, 2))
                 continue
-            keys, values = (states[..., start:stop, :] for states in self.columns(frame, prefix, layout, group))
+            keys, values = self.columns(frame, prefix, layout, group, start, stop)
             seen = None if mask is None else mask[..., start:stop].expand(len(query), -1, -1, -1).flatten(0, 1)[:, None]
             output, weights = attend(self, asked, keys.flatten(0, 1), values.flatten(0, 1), seen, is_causal=is_window)
             if seen is not None and not is_window:
                 output = output.masked_fill(~seen.any(-1).transpose(1, 2)[..., None], 0)
             outputs.append(output.unflatten(0, (len(query), -1)).flatten(1, 2))
             if weights is not None:  # (B * views, H, queries, columns) to (B, queries of all views, H, width)
-                weights = F.pad(weights, (start, width - stop)).unflatten(0, (len(query), -1))
-                weights = weights.transpose(2, 3).flatten(1, 2).transpose(1, 2)
-            all_weights.append(weights)
+                weights = F.pad(weights, (start, width - stop)) if group.end else weights
+                all_weights.append(weights.unflatten(0, (len(query), -1)).transpose(2, 3).flatten(1, 2))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-        output = output if lead == layout.num_columns else layout.collect(output)
-        if not is_window or all_weights[0] is None:
-            return output, None
-        weights = torch.cat(cast(list[torch.Tensor], all_weights), 2)
-        if lead < layout.num_columns:
-            weights = layout.collect(weights.transpose(1, 2)).transpose(1, 2)
-        return output, weights
+        if lead == layout.num_columns:
+            return output, all_weights[0].transpose(1, 2) if all_weights else None
+        weights = layout.collect(torch.cat(all_weights, 1)).transpose(1, 2) if all_weights else None
+        return layout.collect(output), weights
 
     def columns(
-        self, frame: LayerState, prefix: tuple[torch.Tensor, torch.Tensor] | None, layout: CallLayout, group: ViewGroup
+        self, frame: LayerState, prefix: Pair | None, layout: CallLayout, group: ViewGroup, start: int, stop: int
     ) -> list[torch.Tensor]:
-        """Keys and values of prefix and window of some views, (B, views, G, P + (N + 1) * S, D) each."""
-        if layout.num_views == 1:
-            return [states[:, None, :, self.segment_length :] for states in frame[:2]]
-        found = []
+        """Keys and values of some columns of prefix and window, (B, views, G, stop - start, D) each."""
+        found, segment = [], self.segment_length
         for index, states in enumerate(frame[:2]):
-            segments = states.unflatten(2, (-1, self.segment_length)).transpose(1, 2)  # (B, segments, G, S, D)
-            parts = [] if prefix is None else [prefix[index][:, group.first : group.end]]
-            back = range(1, self.num_lookback_segments + 2)
-            parts += [segments[:, group.first + i : group.end + i] for i in back]
-            found.append(torch.cat(parts, 3))
+            if not group.end:
+                at = self.window_length + (self.prefix_length if layout.num_views == 1 else 0)
+                found.append(states[:, None, :, at : at + layout.lead])
+            elif layout.num_views == 1:
+                found.append(states[:, None, :, segment + start : segment + stop])
+            else:
+                segments = states.unflatten(2, (-1, segment)).transpose(1, 2)  # (B, segments, G, S, D)
+                parts = [] if prefix is None else [prefix[index][:, group.first : group.end]]
+                back = range(1, self.num_lookback_segments + 2)
+                parts += [segments[:, group.first + i : group.end + i] for i in back]
+                found.append(torch.cat(parts, 3)[..., start:stop, :])
         return found
 
     def attend_to_chunk(
@@ -438,30 +417,22 @@ class RMTAttention(nn.Module):
             values=values.transpose(2, 3),
             scores=frame.scores[:, segment : (1 + count) * segment].unflatten(1, (-1, segment)),
             evidence=evidence,
-            positions=(numbers * segment)[..., None] + torch.arange(segment, device=device),
-            is_there=numbers >= 0,
-            begins=numbers,
+            numbers=numbers,
             is_packed=layout.is_packed,
         )
         return memory(frame.memory, segments)[0]
 
     def memory_after(
-        self,
-        frame: LayerState,
-        stages: list[Slots] | None,
-        num_writes: torch.Tensor,
-        first_views: torch.Tensor,
-        layout: CallLayout,
+        self, frame: LayerState, stages: list[Slots] | None, writes: torch.Tensor, began: torch.Tensor, is_packed: bool
     ) -> Slots:
-        """Memory (B, V, M, G, D) after a number of writes, (B or 1, V), as a document may see it that began there."""
+        """Memory (B, V, M, G, D) after `writes`, (B or 1, V), as a document may see it that began in view `began`."""
         if stages is None:
-            return frame.memory.map(lambda tensor: tensor[:, None].expand(-1, num_writes.shape[1], *tensor.shape[1:]))
+            return frame.memory.map(lambda tensor: tensor[:, None].expand(-1, writes.shape[1], *tensor.shape[1:]))
         memory = cast(RMTMemory, self.memory)
-        found = memory.version(stages, num_writes[0] if len(num_writes) == 1 else num_writes)
-        if not layout.is_packed:
+        found = memory.version(stages, writes[0] if len(writes) == 1 else writes)
+        if not is_packed:
             return found
-        segments = memory.written_before(num_writes) - self.num_lookback_segments
-        return found.forget(segments < first_views[..., None])
+        return found.forget(memory.written_before(writes) - self.num_lookback_segments < began[..., None])
 
     def state_after(
         self, frame: LayerState, stages: list[Slots] | None, layout: CallLayout, tables: Tables
@@ -470,12 +441,13 @@ class RMTAttention(nn.Module):
         if not layout.num_writes and layout.num_views == 1:
             return frame
         turns, began = layout.turns[:, None], layout.first_views[:, -1:]
-        memory = self.memory_after(frame, stages, turns, began, layout)
-        before = self.memory_after(frame, stages, (turns - 1).clamp_min(0), began, layout).map(lambda tensor: tensor[:, 0])
+        memory, before = (
+            self.memory_after(frame, stages, writes, began, layout.is_packed)
+            for writes in (turns, (turns - 1).clamp_min(0))
+        )
+        prefix = [states[:, :, :0] for states in frame[:2]]
+        if tables.after is not None:
+            prefix = [states[:, 0] for states in self.prefix(memory, tables.after)]
+        memory, before = (slots.map(lambda tensor: tensor[:, 0]) for slots in (memory, before))
         before = frame.previous_memory.replace_rows(turns[:, 0] > 0, before)
-        if tables.after is None:
-            prefix = (frame.keys[:, :, :0], frame.values[:, :, :0])
-        else:
-            prefix = tuple(states[:, 0] for states in self.prefix(memory, tables.after))
-        after = frame.close(layout, self.sizes, cast(Any, prefix))
-        return after._replace(memory=memory.map(lambda tensor: tensor[:, 0]), previous_memory=before)
+        return frame.close(layout, self.sizes, prefix)._replace(memory=memory, previous_memory=before)

@@ -1,8 +1,9 @@
 """What survives between two calls: the states of all layers and a clock per row; what a user can do with it.
 
-Shapes: B rows, S segment length.
+Shapes: B rows, T columns of a call, S segment length.
 """
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,19 @@ from transformers.modeling_utils import PreTrainedModel
 from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout
 from .memory_rmt import Slots
-from .saving_rmt import read_record, read_tensors, state_shapes, write_state
+from .saving_rmt import check_fingerprint, read_state, state_fingerprint, tensor_names, write_state
 from .state_rmt import LayerState, StateSizes
 
 
 # What a state knows besides its tensors; all of it can be written as JSON.
 CLOCK = ("fingerprint", "positions", "forgotten", "num_columns", "num_croppable_columns", "is_stale")
+
+
+def _refuse(reason: str) -> Any:
+    def method(self: CacheLayerMixin, *args: Any, **kwargs: Any) -> NoReturn:
+        raise RuntimeError(reason)
+
+    return method
 
 
 class RMTCacheLayer(CacheLayerMixin):
@@ -31,36 +39,20 @@ class RMTCacheLayer(CacheLayerMixin):
     is_sliding = True  # bounded: nothing here grows with the stream
     is_croppable = True
     supports_early_init = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: LayerState | None = None
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise RuntimeError("An RMTCache is filled by the forward pass of an RMT model; nothing else can initialise it.")
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError("An RMTCache is written by the forward pass of an RMT model, not through `update`.")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise RuntimeError("An RMT model builds its own masks: `create_causal_mask` cannot be used with an RMTCache.")
-
-    def get_seq_length(self) -> int:
-        raise RuntimeError(
-            "Ask the RMTCache itself for `get_seq_length()`: the clock belongs to the stream, not to a layer."
-        )
+    state: LayerState | None = None
+    lazy_initialization = _refuse("An RMTCache is filled by the forward pass of an RMT model alone.")
+    update = _refuse("An RMTCache is written by the forward pass of an RMT model, not through `update`.")
+    get_mask_sizes = _refuse("An RMT model builds its own masks: `create_causal_mask` does not know an RMTCache.")
+    get_seq_length = _refuse("Ask the RMTCache itself for `get_seq_length()`: the clock belongs to the stream.")
 
     def get_max_length(self) -> int:
         return -1
 
 
 class RMTCache(Cache):
-    """The state of B streams: constant in size, whatever the length of the streams.
+    """The state of B streams, all that the model remembers: constant in size, whatever the length of the streams.
 
-    Pass it as `past_key_values`; the model changes it and hands it back. It holds everything the model remembers.
-
-    Args:
-        config (`RMTConfig`): Configuration of the model that will write the state.
+    Pass it as `past_key_values`; the model changes it and hands it back. `config` is that of the model.
 
     Source: sections 2 and 3 of docs/design.md; the paper says only that memory persists across segments.
     """
@@ -69,16 +61,11 @@ class RMTCache(Cache):
         self.layers: list[RMTCacheLayer]  # type: ignore[assignment]  # all are of our kind
         super().__init__(layers=[RMTCacheLayer() for _ in range(config.num_hidden_layers)])
         self.fingerprint, self.sizes = state_fingerprint(config), StateSizes.of(config)
-        self.ring_sizes = [size for size, *_ in config.memory_parts]
+        self.ring_sizes = [size for size, *_ in config.memory_parts] or [0]
         self.num_slots_per_segment = config.num_slots_per_segment
-        self.positions: list[int] = []
-        self.forgotten: list[int] = []  # of each row: writes that its memory does not hold since `edit_memory`
-        self.num_columns = 0
-        self.num_croppable_columns = 0
-        self.recent_is_real: torch.Tensor | None = None  # (B, S) bool of the last S columns, for `crop`
         self.num_columns_to_skip = 0  # of the prompt that assisted generation gives next: they have been read
-        self.is_stale = False  # whether a memory has been changed, of which the prefix is to be made again
         self._free = [True]  # taken out while a call runs
+        self.reset()
 
     @property
     def batch_size(self) -> int:
@@ -95,40 +82,34 @@ class RMTCache(Cache):
         """Bytes of all state tensors; the same at any stream length."""
         return sum(tensor.nbytes for tensor in self.tensors())
 
+    @property
+    def state_dtype(self) -> torch.dtype | None:
+        """Dtype of keys and values; None before the first call."""
+        # Not `dtype`: under autocast, accelerate takes whatever has one for a tensor that it must convert to float32.
+        state = self.layers[0].state
+        return None if state is None else state.keys.dtype
+
     def tensors(self) -> list[torch.Tensor]:
         """All tensors of the state, each with the streams along its first axis; none before the first call."""
-        states = [layer.state for layer in self.layers if layer.state is not None]
-        recent = [] if self.recent_is_real is None else [self.recent_is_real]
-        return [*(tensor for state in states for tensor in state.tensors()), *recent]
+        states = [tensor for layer in self.layers if layer.state is not None for tensor in layer.state.tensors()]
+        return states if self.recent_is_real is None else [*states, self.recent_is_real]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Number of columns read since the start, the last reset or `begin_prompt`, padding included.
-
-        This is what `generate` counts; `positions` has the real tokens of each row's stream.
-        """
+        """Number of columns read, padding included, since the start or `begin_prompt`; `positions` has real tokens."""
         return self.num_columns
 
     def begin_prompt(self) -> None:
-        """Counts columns from 0 again: what was read stays read, but is no part of the prompt that comes next.
-
-        `generate` does so by itself if its ids are not longer than what the state has read; call this before a longer
-        prompt, which it would else take for all columns since the beginning.
-        """
+        """Counts columns from 0 again, so that `generate` takes the next prompt, however long, for what comes next."""
         self.num_columns = 0
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the state for one call.
-
-        Raises:
-            RuntimeError: If another call holds it. A state is one point of a stream, which cannot go on in two ways.
-        """
+        """Holds the state for one call; RuntimeError if another holds it: a stream cannot go on in two ways."""
         try:
             self._free.pop()  # one atomic step: two threads cannot both have it
         except IndexError:
             raise RuntimeError(
-                "past_key_values is in use by another call, which has not returned yet: give each thread a state of "
-                "its own, made with `clone()`."
+                "past_key_values is in use by another call: give each thread a state of its own, made with `clone()`."
             ) from None
         try:
             yield
@@ -137,76 +118,54 @@ class RMTCache(Cache):
 
     @torch.compiler.disable
     def commit(self, states: list[LayerState], layout: CallLayout) -> None:
-        """Takes over the states of all layers after a call, in one go: a call that failed has changed nothing.
-
-        Args:
-            states: One state per layer.
-            layout: The plan of the call.
-        """
-        segment, batch_size = self.fingerprint["segment_length"], len(layout.ends)
-        num_columns = layout.num_columns
-        recent, is_real = self.recent_is_real, layout.is_real
-        if is_real is None:
-            keys = next(state for state in states if state is not None).keys
-            is_real = keys.new_ones(batch_size, num_columns, dtype=torch.bool)
-        if recent is None:
-            recent = is_real.new_zeros(batch_size, segment)
-        forgotten = self.forgotten or [0] * batch_size
+        """Takes over the states of all layers after a call, in one go: a call that failed has changed nothing."""
+        segment, shape = self.sizes.segment, (len(layout.ends), layout.num_columns)
+        is_real, recent = layout.is_real, self.recent_is_real
+        is_real = layout.turns.new_ones(shape, dtype=torch.bool) if is_real is None else is_real
+        recent = is_real.new_zeros(shape[0], segment) if recent is None else recent
+        forgotten = self.forgotten or [0] * shape[0]
         if layout.remembered is not None:  # what is before the last document of a row cannot be taken back
             is_real, recent = is_real & layout.remembered, recent & layout.remembered[:, :1]
-            goes_on = layout.remembered[:, 0].tolist()
-            forgotten = [number * old for number, old in zip(forgotten, goes_on, strict=True)]
-        self.recent_is_real = torch.cat([recent[:, num_columns:], is_real[:, -segment:]], 1)
+            forgotten = [lost * old for lost, old in zip(forgotten, layout.remembered[:, 0].tolist(), strict=True)]
+        self.recent_is_real = torch.cat([recent[:, layout.num_columns :], is_real[:, -segment:]], 1)
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
         self.positions, self.forgotten, self.is_stale = list(layout.ends), forgotten, False
-        self.num_columns += num_columns
-        self.num_croppable_columns = min(segment, self.num_croppable_columns + num_columns)
+        self.num_columns += layout.num_columns
+        self.num_croppable_columns = min(segment, self.num_croppable_columns + layout.num_columns)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last columns of every row: the state is as if they had never been read.
 
-        Padding among them takes no token from its row. `segment_length` columns can be taken back at most, in one go or
-        in several, until more are read; `num_croppable_columns` says how many. What `reset` forgot stays forgotten.
+        Padding among them takes no token from its row. What `reset` forgot stays forgotten.
 
         Args:
-            tokens_to_remove: Minus the number of columns to take back, or 0.
-
-        Raises:
-            ValueError: If the number is above 0, as it was counted before transformers 5.
-            RuntimeError: If the state cannot go back that far; it is left as it was.
+            tokens_to_remove: Minus the number of columns, `num_croppable_columns` (up to `segment_length`) at most;
+                RuntimeError beyond that, ValueError above 0, and the state is left as it was.
         """
-        columns = -int(tokens_to_remove)
+        columns, recent, segment = -int(tokens_to_remove), self.recent_is_real, self.sizes.segment
         if columns < 0:
             raise ValueError(
-                f"tokens_to_remove must be 0 or below, got {tokens_to_remove}: crop(-n) takes back the last n columns."
+                f"tokens_to_remove must be 0 or below, got {tokens_to_remove}: crop(-n) removes n columns."
             )
         if columns > self.num_croppable_columns:
             raise RuntimeError(
                 f"RMTCache.crop({-columns}): {self.num_croppable_columns} columns can be taken back now, and never "
-                f"more than segment_length ({self.fingerprint['segment_length']}). Keep a `clone()` of the state from "
-                "before the tokens that you may want to take back and go on from there; in assisted generation, draft "
-                "fewer tokens at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
+                f"more than segment_length ({segment}). Keep a `clone()` of the state from before them to go on from, "
+                "or draft fewer tokens at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
             )
-        if not columns:
+        if not columns or recent is None:
             return
-        recent = cast(torch.Tensor, self.recent_is_real)
-        segment = self.fingerprint["segment_length"]
-        ends = [p - taken for p, taken in zip(self.positions, recent[:, -columns:].sum(1).tolist(), strict=True)]
-        crossed = [end // segment < p // segment for end, p in zip(ends, self.positions, strict=True)]
-        if any(crossed):
-            rows = torch.tensor(crossed)
-            for layer in self.layers:
-                state = layer.state
-                layer.state = None if state is None else state.rewind_rows(rows, self.sizes)
-            self.is_stale = True
-        # Columns more than S back are not known again: what comes in at the left is never asked for.
-        self.recent_is_real = torch.cat([torch.zeros_like(recent[:, :columns]), recent[:, :-columns]], 1)
-        self.positions = ends
-        if any(crossed) and any(self.forgotten):
-            self._count_writes()
-        self.num_columns = max(0, self.num_columns - columns)
+        ends = [end - num for end, num in zip(self.positions, recent[:, -columns:].sum(1).tolist(), strict=True)]
+        crossed = [new // segment < old // segment for new, old in zip(ends, self.positions, strict=True)]
+        self.recent_is_real = recent.roll(columns, 1)  # what comes in at the left is never asked for
+        self.positions, self.num_columns = ends, max(0, self.num_columns - columns)
         self.num_croppable_columns -= columns
+        if any(crossed):
+            self._change_states(lambda state: state.rewind_rows(torch.tensor(crossed), self.sizes))
+            self.is_stale = True
+            if any(self.forgotten):
+                self._count_writes()
 
     def detach(self) -> "RMTCache":
         """Cuts the gradient to everything read so far, in place."""
@@ -218,64 +177,44 @@ class RMTCache(Cache):
         return self._copy()._map(torch.Tensor.clone)
 
     def edit_memory(self, edit: Callable[[Slots], Slots]) -> None:
-        """Changes the memory of every layer; the window stays.
-
-        The memory before the last write, which `crop` goes back to, is edited as well: a rewind does not undo the edit.
+        """Changes the memory of every layer, also that which `crop` goes back to; the window stays.
 
         Args:
-            edit: From slots (B, M, G, D) to slots of the same shapes. It must not change the given tensors in place.
+            edit: From slots (B, M, G, D) to slots of the same shapes; it must not change the given tensors in place.
                 Slots without a position (-1) are not seen. A row must look like one that has written some number of
                 segments: the youngest groups of each ring are full, equally many in all heads and layers.
         """
-        for layer in self.layers:
-            if layer.state is not None:
-                memory, before = edit(layer.state.memory), edit(layer.state.previous_memory)
-                layer.state = layer.state._replace(memory=memory, previous_memory=before)
+        self._change_states(lambda state: state._replace(memory=edit(state[4]), previous_memory=edit(state[5])))
         self.is_stale = True
         self._count_writes()
 
     def _count_writes(self) -> None:
         """Notes how many of its writes the memory of each row does not hold, so that no empty slot is ever seen."""
         state = next((layer.state for layer in self.layers if layer.state is not None), None)
-        if state is None or not self.ring_sizes:
-            return
-        segment, lookback = self.sizes.segment, self.fingerprint["num_lookback_segments"]
-        written = [max(0, position // segment - lookback) for position in self.positions]
-        most = max(self.ring_sizes) // self.num_slots_per_segment
-        rings = (state.memory.positions[:, :, 0] >= 0).split(self.ring_sizes, 1)
-        held = torch.stack([ring.sum(1) for ring in rings]).amax(0) // self.num_slots_per_segment
-        self.forgotten = [  # a full ring looks the same after any number of writes
-            number - count if count < most else min(lost, number - most)
-            for number, count, lost in zip(written, held.tolist(), self.forgotten, strict=True)
-        ]
+        if state is not None:
+            rings = (state.memory.positions[:, :, 0] >= 0).split(self.ring_sizes, 1)
+            held = torch.stack([ring.sum(1) for ring in rings]).amax(0) // self.num_slots_per_segment
+            segment, lookback = self.sizes.segment, self.fingerprint["num_lookback_segments"]
+            written = [max(0, position // segment - lookback) for position in self.positions]
+            self.forgotten = [number - old for number, old in zip(written, held.tolist(), strict=True)]
 
     def reset(self, rows: torch.Tensor | None = None) -> None:
-        """Forgets everything, as if the streams had never begun.
-
-        Args:
-            rows: (B,) bool, the rows to reset; all rows, and the batch size with them, if None.
-
-        Raises:
-            ValueError: If `rows` is not a bool tensor with one element per row.
-        """
+        """Forgets the rows `rows`, (B,) bool, as if their streams had never begun; all, and the batch size, if None."""
         if rows is None:
-            self.positions, self.forgotten, self.recent_is_real = [], [], None
+            self.positions: list[int] = []
+            self.forgotten: list[int] = []  # of each row: writes that its memory does not hold since `edit_memory`
             self.num_columns = self.num_croppable_columns = 0
+            self.recent_is_real: torch.Tensor | None = None  # (B, S) bool of the last S columns, for `crop`
+            self.is_stale = False  # whether a memory has been changed, of which the prefix is to be made again
             for layer in self.layers:
                 layer.state = None
             return
         if rows.dtype != torch.bool or rows.shape != (len(self.positions),):
-            raise ValueError(
-                f"rows must be a bool tensor of shape ({len(self.positions)},), one element per row of the state; got "
-                f"{rows.dtype} of shape {tuple(rows.shape)}."
-            )
-        self.positions, self.forgotten = (
-            [0 if gone else old for gone, old in zip(rows.tolist(), numbers, strict=True)]
-            for numbers in (self.positions, self.forgotten)
-        )
-        for layer in self.layers:
-            if layer.state is not None:
-                layer.state = layer.state.reset_rows(rows)
+            got = f"{rows.dtype} of shape {tuple(rows.shape)}"
+            raise ValueError(f"rows must be a bool tensor of shape ({len(self.positions)},), got {got}.")
+        for name in ("positions", "forgotten"):
+            setattr(self, name, [n * (not gone) for n, gone in zip(getattr(self, name), rows.tolist(), strict=True)])
+        self._change_states(lambda state: state.reset_rows(rows))
         if self.recent_is_real is not None:
             self.recent_is_real = self.recent_is_real & ~rows.to(self.recent_is_real.device)[:, None]
 
@@ -284,23 +223,15 @@ class RMTCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the given rows, in the given order (a row may be named more than once).
-
-        Args:
-            indices: (B',) int64 row numbers, or (B,) bool.
-        """
+        """Keeps the rows `indices`, (B',) int64 or (B,) bool, in this order; a row may be named more than once."""
         indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.positions, self.forgotten = (
-            [numbers[row] for row in indices.tolist()] for numbers in (self.positions, self.forgotten)
-        )
+        for name in ("positions", "forgotten"):
+            setattr(self, name, [getattr(self, name)[row] for row in indices.tolist()])
         self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times, copies next to each other."""
-        self.positions, self.forgotten = (
-            [number for number in numbers for _ in range(repeats)] for numbers in (self.positions, self.forgotten)
-        )
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        self.batch_select_indices(torch.arange(len(self.positions)).repeat_interleave(repeats))
 
     def split(self) -> list["RMTCache"]:
         """One independent state for each stream, in order; none before the first call."""
@@ -314,156 +245,91 @@ class RMTCache(Cache):
         """One independent state of all the streams of several, in order: a batch of what was read apart.
 
         Rows that have read fewer columns than others count as padded on the left, which `get_seq_length()`, the longest
-        of them, includes.
-
-        Args:
-            caches: States of one configuration and one dtype, each with at least one stream.
-
-        Raises:
-            ValueError: If there is none, one is empty, or they do not fit each other.
+        of them, includes. ValueError if there is no state, one is empty, or they differ in configuration or dtype.
         """
-        if not caches or not all(cache.is_initialized for cache in caches):
-            raise ValueError(
-                f"caches must be states that have read something, got {len(caches)} of which "
-                f"{sum(not cache.is_initialized for cache in caches)} are empty: leave those out."
-            )
-        for name, attribute in (("fingerprint", "fingerprint"), ("dtype", "state_dtype")):
-            kinds = [getattr(cache, attribute) for cache in caches]
-            different = next((kind for kind in kinds if kind != kinds[0]), kinds[0])
-            if different != kinds[0]:
-                raise ValueError(
-                    f"caches must have one {name}, got {kinds[0]} and {different}: stack states of one model only."
-                )
+        kinds = {f"{cache.state_dtype} with {cache.fingerprint}" for cache in caches}
+        if len(kinds) != 1 or not all(cache.is_initialized for cache in caches):
+            rule = "caches must be states of one configuration and dtype that have read something"
+            raise ValueError(f"{rule}, got {' and '.join(kinds) or 'none'}: leave out empty and other ones.")
         stacked = caches[0]._copy()
         for index, layer in enumerate(stacked.layers):
             states = [cache.layers[index].state for cache in caches]
             layer.state = None if None in states else LayerState.stack(cast(list[LayerState], states))
         stacked.recent_is_real = torch.cat([cast(torch.Tensor, cache.recent_is_real) for cache in caches])
-        stacked.positions = [position for cache in caches for position in cache.positions]
-        stacked.forgotten = [number for cache in caches for number in cache.forgotten]
-        stacked.num_columns = max(cache.num_columns for cache in caches)
-        stacked.num_croppable_columns = min(cache.num_croppable_columns for cache in caches)
-        stacked.is_stale = any(cache.is_stale for cache in caches)
+        for name in ("positions", "forgotten"):
+            setattr(stacked, name, [number for cache in caches for number in getattr(cache, name)])
+        for name, choose in (("num_columns", max), ("num_croppable_columns", min), ("is_stale", max)):
+            setattr(stacked, name, choose(getattr(cache, name) for cache in caches))
         return stacked
-
-    @property
-    def state_dtype(self) -> torch.dtype | None:
-        """Dtype of keys and values; None before the first call."""
-        # Not `dtype`: under autocast, accelerate takes whatever has one for a tensor that it must convert to float32.
-        state = self.layers[0].state
-        return None if state is None else state.keys.dtype
 
     def save_pretrained(self, directory: str | os.PathLike) -> None:
         """Writes the state to a folder: `rmt_state.json`, one safetensors file, and a card.
 
-        Args:
-            directory: Made if it does not exist. Other files in it stay; a state in it is replaced in one step.
-
-        Raises:
-            ValueError: If the state is empty, not finite, or of a part of the heads or layers; nothing is written then.
+        The folder is made if need be, other files in it stay, and a state in it is replaced in one step. ValueError if
+        the state is empty, not finite, or of a part of the heads or layers; nothing is written then.
         """
         if not self.is_initialized:
+            raise ValueError("The state must have read something, got an empty one: begin with RMTCache(config).")
+        wanted, states = self.fingerprint["num_key_value_heads"], [layer.state for layer in self.layers]
+        found = {state.keys.shape[1] for state in states if state is not None}
+        missing = "layers, got those of one stage of a pipeline" if None in states else ""
+        missing = missing or f"{wanted} heads, got {min(found)}, the heads of one process" * (found != {wanted})
+        if missing:
             raise ValueError(
-                "The state to save must have read something, got an empty one: begin with RMTCache(config)."
+                f"A saved state must have all {missing}: read the text with a model that is not shared out."
             )
-        if any(layer.state is None for layer in self.layers):
-            raise ValueError(
-                "A state that is saved must have all layers, got those of one stage of a pipeline: let a model that is "
-                "not shared out read the text."
-            )
-        num_heads = cast(LayerState, self.layers[0].state).keys.shape[1]
-        wanted = self.fingerprint["num_key_value_heads"]
-        if num_heads != wanted:
-            raise ValueError(
-                f"A state that is saved must have all {wanted} key/value heads, got {num_heads}, the heads of one "
-                "process of several (tensor parallelism): let a model that is not shared out read the text."
-            )
-        names = state_shapes(self.fingerprint, self.batch_size)
         record = {name: getattr(self, name) for name in CLOCK} | {"dtype": str(self.state_dtype)}
-        write_state(directory, record, dict(zip(names, self.tensors(), strict=True)))
+        write_state(directory, record, dict(zip(tensor_names(len(states)), self.tensors(), strict=True)))
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike, model: PreTrainedModel, **hub: Any) -> "RMTCache":
         """Reads a state that `save_pretrained` or `push_to_hub` wrote, to be continued by the model that made it.
 
-        The dtype is that of the file; a call in another dtype converts it, exactly if that is the wider one.
-
         Args:
-            directory: A folder, or the id of a Hub repository.
-            model: The model that goes on; the state comes to its device.
+            directory: A folder, or the id of a Hub repository; OSError if it holds no state, ValueError if it holds one
+                that is damaged, of another format or configuration, or not finite.
+            model: The model that goes on; the state comes to its device, and to its dtype as it is read.
             hub: `revision`, `token` and what else `transformers.utils.cached_file` takes.
-
-        Raises:
-            OSError: If there is no state.
-            ValueError: If it is damaged, of another format or configuration, or not finite.
         """
-        cache, record = cls(cast(RMTConfig, model.config)), read_record(directory, **hub)
-        check_fingerprint(record["fingerprint"], cache.fingerprint)
-        *tensors, recent_is_real = read_tensors(directory, record, model.device, **hub).values()
-        per_layer = len(tensors) // len(cache.layers)
+        cache = cls(cast(RMTConfig, model.config))
+        record, (*tensors, cache.recent_is_real) = read_state(
+            directory, cast(RMTConfig, model.config), model.device, **hub
+        )
+        size = len(tensors) // len(cache.layers)
         for index, layer in enumerate(cache.layers):
-            layer.state = LayerState.from_tensors(tensors[index * per_layer : (index + 1) * per_layer])
-        cache.recent_is_real = recent_is_real
+            layer.state = LayerState.from_tensors(tensors[index * size : (index + 1) * size])
         for name in CLOCK:
             setattr(cache, name, record[name])
         return cache
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **upload: Any) -> str:
-        """Puts the state into a model repository of the Hub, which is made if need be.
+        """Puts the state into a model repository of the Hub, made if need be; returns the address of the commit.
 
         Args:
             repo_id: `"user/name"`.
-            private: Whether a new repository is private.
-            token: Access token; the stored one by default.
+            private, token: Whether a new repository is private; the access token, if not the stored one.
             upload: What `huggingface_hub.HfApi.upload_folder` takes: `revision`, `commit_message`, `path_in_repo`, ...
-
-        Returns:
-            Address of the commit.
         """
-        api = HfApi(token=token)
+        api, upload = HfApi(token=token), {"commit_message": "Upload memory state", **upload}
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            upload = {"commit_message": "Upload memory state", **upload}
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
 
     def _copy(self) -> "RMTCache":
         """A state of its own that shares the tensors."""
-        copy = object.__new__(type(self))
-        copy.__dict__.update(self.__dict__)
-        copy._free, copy.positions, copy.layers = [True], list(self.positions), [RMTCacheLayer() for _ in self.layers]
-        for ours, theirs in zip(self.layers, copy.layers, strict=True):
-            theirs.state = ours.state
-        return copy
+        twin = copy.copy(self)
+        twin._free, twin.layers = [True], [copy.copy(layer) for layer in self.layers]
+        return twin
+
+    def _change_states(self, function: Callable[[LayerState], LayerState]) -> None:
+        for layer in self.layers:
+            layer.state = None if layer.state is None else function(layer.state)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RMTCache":
-        for layer in self.layers:
-            if layer.state is not None:
-                layer.state = layer.state.map(function)
-        if self.recent_is_real is not None:
-            self.recent_is_real = function(self.recent_is_real)
+        self._change_states(lambda state: state.map(function))
+        self.recent_is_real = None if self.recent_is_real is None else function(self.recent_is_real)
         return self
-
-
-def state_fingerprint(config: RMTConfig) -> dict[str, Any]:
-    """The fields of a configuration that decide the shape and the meaning of a state."""
-    names = ["num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters"]
-    names += ["chunk_length", "segment_length", "num_lookback_segments", "use_qk_norm", "use_attention_sink"]
-    names += ["num_memory_slots", "num_lasting_slots", "num_slots_per_chunk", "num_observing_tokens", "memory_write"]
-    fields = vars(config)  # a look through the configuration itself takes 30 times as long
-    return {name: fields[name] for name in names}
-
-
-def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Refuses a state that a model of another configuration has written."""
-    different = [
-        f"{name} {theirs.get(name)} instead of {ours[name]}" for name in ours if theirs.get(name) != ours[name]
-    ]
-    if different:
-        raise ValueError(
-            f"past_key_values must be a state of this configuration, got one with {', '.join(different)}: begin a new "
-            "one with RMTCache(model.config), or use the model that wrote it."
-        )
 
 
 def check_cache_type(cache: object) -> None:
@@ -481,10 +347,8 @@ def stream_starts(cache: RMTCache | None, config: RMTConfig, batch_size: int) ->
         return [0] * batch_size
     check_fingerprint(cache.fingerprint, state_fingerprint(config))
     if cache.positions and len(cache.positions) != batch_size:
-        raise ValueError(
-            f"past_key_values holds {len(cache.positions)} streams, the input has {batch_size} rows: give one row per "
-            "stream, or use the state's batch_select_indices or batch_repeat_interleave."
-        )
+        streams = f"past_key_values holds {len(cache.positions)} streams, the input has {batch_size} rows"
+        raise ValueError(f"{streams}: give one row per stream, or use batch_select_indices, batch_repeat_interleave.")
     return cache.positions or [0] * batch_size
 
 
@@ -496,11 +360,11 @@ def real_columns(
         return None
     past = cache.num_columns if cache is not None else 0
     shapes = {(batch_size, num_columns), (batch_size, past + num_columns)}
-    if not isinstance(attention_mask, torch.Tensor) or tuple(attention_mask.shape) not in shapes:
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+    got = tuple(attention_mask.shape) if torch.is_tensor(attention_mask) else type(attention_mask).__name__
+    if got not in shapes:
+        wanted = " or ".join(map(str, sorted(shapes)))
         raise ValueError(
-            f"attention_mask must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}, 1 at real tokens and 0 "
-            f"at padding; got {got}."
+            f"attention_mask must be a tensor of shape {wanted}, 1 at real tokens and 0 at padding; got {got}."
         )
     is_real = attention_mask[:, -num_columns:] != 0
     return None if is_real.all() else is_real

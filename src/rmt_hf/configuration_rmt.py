@@ -13,8 +13,6 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MEMORY_WRITES = ("select", "mean")
-NO_LIMIT = 2**30  # a number for tools that ask how long an input may be
-FUSION_TYPES = ("gated", "softmax")
 ROPE_TYPES = {  # and the numbers that each asks for besides rope_theta
     "default": (),
     "linear": ("factor",),
@@ -24,56 +22,47 @@ ROPE_TYPES = {  # and the numbers that each asks for besides rope_theta
 
 @strict
 class RMTConfig(PreTrainedConfig):
-    """Configuration of a recurrent memory-augmented transformer.
+    """Configuration of a recurrent memory-augmented transformer. Fields without a default are optional.
 
     Args:
-        vocab_size (`int`, defaults to 32000): Number of token ids; at least 1.
-        hidden_size (`int`, defaults to 768): Width of the residual stream; at least 1.
-        intermediate_size (`int`, defaults to 2048): Width inside the MLP; at least 1.
-        num_hidden_layers (`int`, defaults to 12): Number of decoder layers; at least 1.
-        num_attention_heads (`int`, defaults to 12): Number of query heads; a multiple of `num_key_value_heads`.
-        num_key_value_heads (`int`, *optional*): Number of key/value heads, which are also the heads of memory; defaults
-            to `num_attention_heads`.
-        head_dim (`int`, *optional*): Width of one head, even because of the rotary encoding; defaults to
-            `hidden_size // num_attention_heads`, which must then divide exactly.
-        hidden_act (`str`, defaults to `"silu"`): Activation of the MLP; a name known to transformers.
-        rms_norm_eps (`float`, defaults to 1e-6): Added to the variance in every norm; above 0.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of initial weights; at least 0.
-        max_position_embeddings (`int`, defaults to 2^30): For tools that ask. It is no limit of this model and limits
-            nothing; a converted model has the number of its source.
-        rope_parameters (`dict`, *optional*): `rope_type` (`"default"`, `"linear"` or `"llama3"`) and `rope_theta`, with
-            what the type asks for; defaults to the plain type with theta 10,000.
-        attention_bias (`bool`, defaults to `False`): Whether the q, k, v and o projections have a bias.
-        attention_dropout (`float`, defaults to 0.0): Dropout on attention weights in training; at least 0, below 1.
-        mlp_bias (`bool`, defaults to `False`): Whether the MLP projections have a bias.
-        tie_word_embeddings (`bool`, defaults to `False`): Whether `lm_head` shares the weight of `embed_tokens`.
-        use_cache (`bool`, defaults to `True`): Whether the forward pass returns the state by default.
-        pad_token_id (`int`, *optional*): Id used for padding; below `vocab_size`.
-        bos_token_id (`int`, *optional*, defaults to 1): Id that begins a document; below `vocab_size`.
-        eos_token_id (`int`, *optional*, defaults to 2): Id, or ids, that end a document; below `vocab_size`.
-        chunk_length (`int`, defaults to 64): Tokens that local attention sees, condensed together; at least 1.
-        segment_length (`int`, defaults to 256): Tokens between two memory writes; a multiple of `chunk_length`.
-        num_lookback_segments (`int`, defaults to 1): Full segments before the current one that stay live; at least 0.
-        num_memory_slots (`int`, defaults to 64): Slots of memory per layer and key/value head; 0 turns memory off,
-            else a multiple of `num_slots_per_segment`.
-        num_lasting_slots (`int`, *optional*): Slots of the part of memory that keeps tokens by their learned score; the
-            others form the part that keeps what the present attends to. `None` makes one ring of all slots, whose
-            strength is the sum of both. Multiples of `num_slots_per_segment`.
-        num_observing_tokens (`int`, defaults to 16): Last tokens before a write, whose attention to the leaving segment
-            is the evidence of its tokens; 1 to `segment_length`.
-        num_slots_per_chunk (`int`, defaults to 1): Candidates for slots that a chunk gives; at least 1, at most
-            `chunk_length`, and a divisor of it with `memory_write="mean"`.
-        memory_write (`str`, defaults to `"select"`): How a chunk becomes candidates: `"select"` takes its strongest
-            tokens, `"mean"` averages.
-        fusion_type (`str`, defaults to `"gated"`): `"gated"` reads memory and window in one softmax and adds the local
-            path through a gate; `"softmax"` adds three softmaxes, weighted by three scalars.
-        use_local_attention (`bool`, defaults to `True`): Whether the chunked local path exists.
-        use_attention_sink (`bool`, defaults to `False`): Whether each key/value head has a key and value that stand
-            before memory once the beginning of the stream has left the window, as a converted model wants it.
-        use_qk_norm (`bool`, defaults to `True`): Whether queries and keys are normalised per head before the rotary
-            encoding, as Qwen3 does.
-        use_chunked_loss (`bool`, defaults to `False`): Whether the loss of the language model comes from pieces of the
-            logits, which never exist all at once; outputs with a loss then have no `logits`. Needs torch 2.13.
+        vocab_size (`int`, 32000): Number of token ids; at least 1.
+        hidden_size (`int`, 768): Width of the residual stream; at least 1.
+        intermediate_size (`int`, 2048): Width inside the MLP; at least 1.
+        num_hidden_layers (`int`, 12): Number of decoder layers; at least 1.
+        num_attention_heads (`int`, 12): Number of query heads; a multiple of `num_key_value_heads`.
+        num_key_value_heads (`int`): Heads of keys, values and memory; by default `num_attention_heads`.
+        head_dim (`int`): Width of a head, even; by default `hidden_size // num_attention_heads`, without a rest.
+        hidden_act (`str`, `"silu"`): Activation of the MLP; a name known to transformers.
+        rms_norm_eps (`float`, 1e-6): Added to the variance in every norm; above 0.
+        initializer_range (`float`, 0.02): Standard deviation of initial weights; at least 0.
+        max_position_embeddings (`int`, 2^30): For tools that ask; it limits nothing.
+        rope_parameters (`dict`): `rope_type` ("default", "linear", "llama3"), `rope_theta` and what the type asks for.
+        attention_bias (`bool`, `False`): Whether the q, k, v and o projections have a bias.
+        attention_dropout (`float`, 0.0): Dropout on attention weights in training; at least 0, below 1.
+        mlp_bias (`bool`, `False`): Whether the MLP projections have a bias.
+        tie_word_embeddings (`bool`, `False`): Whether `lm_head` shares the weight of `embed_tokens`.
+        use_cache (`bool`, `True`): Whether the forward pass returns the state by default.
+        pad_token_id (`int`): Id used for padding; below `vocab_size`.
+        bos_token_id (`int`, 1): Id that begins a document; below `vocab_size`.
+        eos_token_id (`int` or `list`, 2): Id, or ids, that end a document; below `vocab_size`.
+        chunk_length (`int`, 64): Tokens that local attention sees, condensed together; at least 1.
+        segment_length (`int`, 256): Tokens between two memory writes; a multiple of `chunk_length`.
+        num_lookback_segments (`int`, 1): Full segments before the current one that stay in the window; at least 0.
+        num_memory_slots (`int`, 64): Slots of a head; 0 for no memory, else a multiple of `num_slots_per_segment`.
+        num_lasting_slots (`int`): Slots of the ring that keeps tokens by their learned score; the others keep what the
+            present attends to. None for one ring by the sum of both. A multiple of `num_slots_per_segment`.
+        num_observing_tokens (`int`, 16): Last tokens before a write, whose attention to the leaving segment is the
+            evidence of its tokens; 1 to `segment_length`.
+        num_slots_per_chunk (`int`, 1): Candidates that a chunk gives; 1 to `chunk_length`, a divisor of it for "mean".
+        memory_write (`str`, `"select"`): A chunk gives its strongest tokens, or, with `"mean"`, averages.
+        fusion_type (`str`, `"gated"`): Memory and window are read in one softmax, and the local path is added through
+            a gate; or, with `"softmax"`, all three have their own softmax and are weighted by three scalars.
+        use_local_attention (`bool`, `True`): Whether the chunked local path exists.
+        use_attention_sink (`bool`, `False`): Whether each key/value head has a key and a value that stand before memory
+            once the beginning of the stream has left the window, as a converted model wants it.
+        use_qk_norm (`bool`, `True`): Whether queries and keys are normalised per head before the rotary encoding.
+        use_chunked_loss (`bool`, `False`): Whether the loss comes without logits that exist all at once, of which
+            outputs then have none. Needs torch 2.13.
 
     Raises:
         ValueError: If a value breaks its rule; the message names the field, the value, the rule and a remedy.
@@ -84,12 +73,12 @@ class RMTConfig(PreTrainedConfig):
 
     model_type = "rmt"
     auto_map = {}
+    keys_to_ignore_at_inference = ["past_key_values"]
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
         "layers": (["hidden_states"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -101,7 +90,7 @@ class RMTConfig(PreTrainedConfig):
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     initializer_range: float | int = 0.02
-    max_position_embeddings: int = NO_LIMIT
+    max_position_embeddings: int = 2**30
     rope_parameters: RopeParameters | dict | None = None
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
@@ -135,18 +124,20 @@ class RMTConfig(PreTrainedConfig):
                     f"({self.num_attention_heads}) unless head_dim is given: change one of them or give head_dim."
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
-        self._warn_about_misspelt(kwargs)
+        names = [name for name in type(self).__dataclass_fields__ if not name.startswith("_")]
+        for name in kwargs:
+            near = [] if hasattr(type(self), name) else difflib.get_close_matches(name, names, n=1, cutoff=0.85)
+            for meant in near:
+                logger.warning(
+                    f"RMTConfig has no field {name!r}: it is kept but changes nothing. Did you mean {meant!r}?"
+                )
         self._check_rope(kwargs.get("rope_scaling") or cast(dict, self.rope_parameters) or {})
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
     @classmethod
     def paper(cls, **overrides: Any) -> "RMTConfig":
-        """The form closest to arXiv 2507.00453: no lookback, softmax fusion, mean write, no query/key norm.
-
-        Args:
-            overrides: Any field of the configuration; wins over the preset.
-        """
+        """The form closest to arXiv 2507.00453: no lookback, softmax fusion, mean write, no query/key norm."""
         fields = {"num_lookback_segments": 0, "fusion_type": "softmax", "memory_write": "mean", "use_qk_norm": False}
         return cls(**{**fields, **overrides})
 
@@ -182,22 +173,20 @@ class RMTConfig(PreTrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:  # type: ignore[override]  # which modules there are depends on fields
-        """How tensor parallelism deals a layer out: by heads, whose memory is their own, and by columns of the MLP."""
-        names = {f"mlp.{name}_proj": "colwise" for name in ("gate", "up")} | {"mlp.down_proj": "rowwise"}
-        names |= {f"self_attn.{name}_proj": "colwise" for name in "qkv"} | {"self_attn.o_proj": "rowwise"}
-        norms = ["q_norm", "k_norm"] if self.use_qk_norm else []
-        names |= {f"self_attn.{name}": "replicated_with_grad_allreduce" for name in norms}
+        """How tensor parallelism shards a layer: by heads, whose memory is their own, and by columns of the MLP."""
+        names = dict.fromkeys(("mlp.down_proj", "self_attn.o_proj"), "rowwise")
+        by_head = ["q_proj", "k_proj", "v_proj", *(["sink.key", "sink.value"] if self.use_attention_sink else [])]
+        whole = ["q_norm", "k_norm"] if self.use_qk_norm else []
         for index, (_, uses_score, uses_evidence) in enumerate(self.memory_parts):
             ring = ["gate_weight", "gate_scale", "gate_bias", "fade"]
             ring += ["evidence_scale"] if uses_score and uses_evidence else []
-            names |= {f"self_attn.memory.rings.{index}.{name}": "colwise" for name in ring}
-            names |= {"self_attn.memory.score_proj": "colwise"} if uses_score else {}
-        if self.use_attention_sink:
-            names |= {f"self_attn.sink.{name}": "colwise" for name in ("key", "value")}
+            by_head += [f"memory.rings.{index}.{name}" for name in ring] + ["memory.score_proj"] * uses_score
         if self.fusion_type == "softmax" and (self.prefix_length or self.use_local_attention):
-            names |= {"self_attn.fusion": "replicated_with_grad_allreduce"}
+            whole += ["fusion"]
         elif self.fusion_type == "gated" and self.use_local_attention:
-            names |= {"self_attn.fusion.gate": "colwise", "self_attn.fusion.scale": "colwise"}
+            by_head += ["fusion.gate", "fusion.scale"]
+        names |= dict.fromkeys(["mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{name}" for name in by_head)], "colwise")
+        names |= {f"self_attn.{name}": "replicated_with_grad_allreduce" for name in whole}
         return {f"layers.*.{name}": style for name, style in names.items()}
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -208,55 +197,62 @@ class RMTConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Checks the rules that hold for one field or between several. Called by `@strict` and before saving."""
-        at_least = {name: 1 for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-        at_least |= {name: 1 for name in ("num_attention_heads", "num_key_value_heads", "head_dim")}
-        at_least |= {name: 1 for name in ("chunk_length", "segment_length", "num_slots_per_chunk")}
-        at_least |= {name: 1 for name in ("num_observing_tokens", "max_position_embeddings")}
-        at_least |= {"num_lookback_segments": 0, "num_memory_slots": 0, "initializer_range": 0, "attention_dropout": 0}
-        for name, minimum in at_least.items():
-            value = getattr(self, name)
-            if value is None or value < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {value}.")
-        if self.rms_norm_eps <= 0:
-            raise ValueError(f"rms_norm_eps must be above 0, got {self.rms_norm_eps}.")
-        if self.num_observing_tokens > self.segment_length:
-            raise ValueError(
-                f"num_observing_tokens must be at most segment_length ({self.segment_length}), got "
-                f"{self.num_observing_tokens}."
-            )
-        if self.attention_dropout >= 1:
-            raise ValueError(f"attention_dropout must be below 1, got {self.attention_dropout}.")
-        if self.key_value_shape[1] % 2:
-            raise ValueError(f"head_dim must be even for the rotary encoding, got {self.head_dim}.")
-        self._check_choices()
-        self._check_multiples()
-
-    def _check_choices(self) -> None:
-        lasting = self.num_lasting_slots
-        if lasting is not None and (self.memory_write == "mean" or not 0 <= lasting <= self.num_memory_slots):
-            raise ValueError(
-                f"num_lasting_slots must be from 0 to num_memory_slots ({self.num_memory_slots}), and None with "
-                f'memory_write="mean", got {lasting}.'
-            )
-        for name, choices in (("memory_write", MEMORY_WRITES), ("fusion_type", FUSION_TYPES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act must be a name in transformers.activations.ACT2FN, got {self.hidden_act!r}.")
+        at_least_1 = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
+            num_key_value_heads chunk_length segment_length num_slots_per_chunk num_observing_tokens
+            max_position_embeddings"""
+        at_least_0 = "num_lookback_segments num_memory_slots initializer_range attention_dropout"
+        for minimum, names in ((1, at_least_1), (0, at_least_0)):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is None or value < minimum:
+                    raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+        slots, lasting, segment = self.num_memory_slots, self.num_lasting_slots, self.segment_length
+        lasts = lasting is None or (self.memory_write != "mean" and 0 <= lasting <= slots)
+        chunk, width = self.chunk_length, self.key_value_shape[1]
+        rules = [
+            ("rms_norm_eps", self.rms_norm_eps > 0, "above 0"),
+            ("num_observing_tokens", self.num_observing_tokens <= segment, f"at most segment_length ({segment})"),
+            ("attention_dropout", self.attention_dropout < 1, "below 1"),
+            ("head_dim", width % 2 == 0, "even for the rotary encoding"),
+            ("num_lasting_slots", lasts, f'from 0 to num_memory_slots ({slots}), and None with memory_write="mean"'),
+            ("memory_write", self.memory_write in MEMORY_WRITES, "one of select, mean"),
+            ("fusion_type", self.fusion_type in ("gated", "softmax"), "one of gated, softmax"),
+            ("hidden_act", self.hidden_act in ACT2FN, "a name in transformers.activations.ACT2FN"),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
         self._check_rope(cast(dict, self.rope_parameters))
+        self._check_multiples()
+        if self.num_slots_per_chunk > chunk:
+            raise ValueError(
+                f"num_slots_per_chunk ({self.num_slots_per_chunk}) must be at most chunk_length ({chunk}): a chunk "
+                "cannot give more slots than it has tokens."
+            )
+
+    def _check_multiples(self) -> None:
+        rules = [("num_attention_heads", "num_key_value_heads"), ("segment_length", "chunk_length")]
+        rules += [("chunk_length", "num_slots_per_chunk")] if self.memory_write == "mean" else []
+        names = ("num_memory_slots", "num_lasting_slots") if self.num_memory_slots else ()
+        rules += [(name, "num_slots_per_chunk * segment_length / chunk_length") for name in names]
+        for name, divisor_name in rules:
+            value, divisor = getattr(self, name) or 0, getattr(self, divisor_name, self.num_slots_per_segment)
+            if value % divisor:
+                nearest = divisor * max(1, round(value / divisor))
+                raise ValueError(
+                    f"{name} ({value}) must be a multiple of {divisor_name} ({divisor}): {nearest} is the nearest."
+                )
 
     @staticmethod
-    def _check_rope(rope_parameters: dict) -> None:
-        rope_type = rope_parameters.get("rope_type", rope_parameters.get("type", "default"))
+    def _check_rope(parameters: dict) -> None:
+        rope_type = parameters.get("rope_type", parameters.get("type", "default"))
         if rope_type not in ROPE_TYPES:
-            choices = ", ".join(ROPE_TYPES)
-            raise ValueError(f'rope_parameters["rope_type"] must be one of {choices}, got {rope_type!r}.')
-        for name in ROPE_TYPES[rope_type] + (("rope_theta",) if "rope_theta" in rope_parameters else ()):
-            value = rope_parameters.get(name)
+            raise ValueError(f'rope_parameters["rope_type"] must be one of {", ".join(ROPE_TYPES)}, got {rope_type!r}.')
+        for name in ROPE_TYPES[rope_type] + (("rope_theta",) if "rope_theta" in parameters else ()):
+            value = parameters.get(name)
             if not isinstance(value, int | float) or value <= 0:
-                raise ValueError(
-                    f'rope_parameters["{name}"] must be a number above 0 with rope_type {rope_type!r}, got {value!r}.'
-                )
+                rule = f"a number above 0 with rope_type {rope_type!r}"
+                raise ValueError(f'rope_parameters["{name}"] must be {rule}, got {value!r}.')
 
     def standardize_rope_params(self) -> None:
         """Names the type. (The inherited method asks for `max_position_embeddings`; a stream has no such thing.)"""
@@ -267,37 +263,6 @@ class RMTConfig(PreTrainedConfig):
         """Warns about unknown keys; the inherited method compares with `max_position_embeddings` as well."""
         known = {"rope_type", "rope_theta", *ROPE_TYPES["llama3"]}
         self._check_received_keys("llama3", set(rope_parameters), known, ignore_keys=ignore_keys)
-
-    def _check_multiples(self) -> None:
-        rules = [
-            ("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.key_value_shape[0]),
-            ("segment_length", self.segment_length, "chunk_length", self.chunk_length),
-        ]
-        if self.num_memory_slots:
-            segment_rule = "num_slots_per_chunk * segment_length / chunk_length"
-            rules.append(("num_memory_slots", self.num_memory_slots, segment_rule, self.num_slots_per_segment))
-            rules.append(("num_lasting_slots", self.num_lasting_slots or 0, segment_rule, self.num_slots_per_segment))
-        if self.memory_write == "mean":
-            rules.append(("chunk_length", self.chunk_length, "num_slots_per_chunk", self.num_slots_per_chunk))
-        for name, value, divisor_name, divisor in rules:
-            if value % divisor:
-                nearest = divisor * max(1, round(value / divisor))
-                raise ValueError(
-                    f"{name} ({value}) must be a multiple of {divisor_name} ({divisor}): {nearest} is the nearest."
-                )
-        if self.num_slots_per_chunk > self.chunk_length:
-            raise ValueError(
-                f"num_slots_per_chunk ({self.num_slots_per_chunk}) must be at most chunk_length ({self.chunk_length}): "
-                "a chunk cannot give more slots than it has tokens."
-            )
-
-    def _warn_about_misspelt(self, kwargs: dict) -> None:
-        names = [name for name in type(self).__dataclass_fields__ if not name.startswith("_")]
-        for name in kwargs:
-            for match in [] if hasattr(type(self), name) else difflib.get_close_matches(name, names, n=1, cutoff=0.85):
-                logger.warning(
-                    f"RMTConfig has no field {name!r}: it is kept but changes nothing. Did you mean {match!r}?"
-                )
 
 
 __all__ = ["RMTConfig"]

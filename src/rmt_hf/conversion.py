@@ -70,7 +70,8 @@ BEGINNINGS = {
 }
 NEW = (*BEGINNINGS, *SINK, LAYER + "self_attn.fusion.gate.*", LAYER + "self_attn.memory.*")
 SEGMENT_LENGTH = 128  # of a converted model, if nothing else is asked for
-PRESENT_FADE = 0.1  # of a strength, at each segment; lasting tokens do not fade
+PRESENT_FADE = 1.0  # of a strength, at each segment; lasting tokens do not fade
+NUM_OBSERVING_TOKENS = 32
 # Fields of a configuration that mean the same in both.
 SHARED_FIELDS = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps", "mlp_bias"),
@@ -125,7 +126,7 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
     segment = fields.get("segment_length", SEGMENT_LENGTH)
     chunk = fields.get("chunk_length", segment)
     memory = {"segment_length": segment, "chunk_length": chunk, "num_slots_per_chunk": chunk}
-    memory |= {"num_memory_slots": 2 * segment, "num_observing_tokens": min(segment, RMTConfig.num_observing_tokens)}
+    memory |= {"num_memory_slots": 2 * segment, "num_observing_tokens": min(segment, NUM_OBSERVING_TOKENS)}
     memory |= {"num_lasting_slots": None if fields.get("memory_write") == "mean" else 0}
     memory |= {"use_attention_sink": True, "use_local_attention": False}
     config = RMTConfig(**{**known, "rope_parameters": rope, **memory, **fields})

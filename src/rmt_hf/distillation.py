@@ -100,7 +100,7 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, scale_factor: float = 10.0) -> list[dict[str, Any]]:
-    """What an optimizer takes: all that is trained, the shares of the paths faster.
+    """What an optimizer takes: all that is trained, the share of a local path faster.
 
     A share begins at 0 and has to come to about 1; a weight begins near where it stays.
 
@@ -108,6 +108,9 @@ def parameter_groups(model: nn.Module, learning_rate: float, scale_factor: float
         model: After `freeze_base`, say.
         learning_rate: Of all others.
         scale_factor: By how much the learning rate of `fusion.scale` is larger.
+
+    Returns:
+        One or two groups, with `params` and `lr`.
     """
     # An adapter that holds fusion whole has words of its own between the two.
     scales = [item for item in memory_parameters(model).items() if re.search(r"fusion\..*\bscale$", item[0])]
@@ -117,6 +120,7 @@ def parameter_groups(model: nn.Module, learning_rate: float, scale_factor: float
     return [
         {"params": [parameter for _, parameter in items if parameter.requires_grad], "lr": rate}
         for items, rate in zip((scales, others), rates, strict=True)
+        if items
     ]
 
 

@@ -103,6 +103,8 @@ def set_rings(model: RMTForCausalLM, **values: float) -> None:
 ROWS = {
     "default": Row(),
     "no memory": Row(fields(num_memory_slots=0)),
+    "sink": Row(fields(use_attention_sink=True)),
+    "no memory, sink": Row(fields(num_memory_slots=0, use_attention_sink=True)),
     "paper": Row(paper_form),
     "score alone": Row(lasting(1)),
     "evidence alone": Row(lasting(0)),

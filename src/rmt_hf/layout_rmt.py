@@ -1,6 +1,6 @@
 """Where each token of a call belongs in its stream: arithmetic on positions, done once per call for all layers.
 
-A call brings T columns for B rows. Rows may stand anywhere in their streams, be padded anywhere, and begin new
+A call brings T columns for B rows, which may stand anywhere in their streams, be padded anywhere, and begin new
 documents at segment starts. Each row is read in F *views*, its segments from the one it stands in. All views attend at
 once: a prompt, a training row, packed documents and a single token are the same arithmetic with other integers.
 
@@ -29,49 +29,28 @@ class ViewGroup(NamedTuple):
 
 @dataclass(frozen=True)
 class CallLayout:
-    """The plan of one call, read by every layer.
+    """The plan of one call, read by every layer. Index tensors are int64, masks of columns are bool."""
 
-    Args:
-        num_columns: T.
-        num_views: F. With one view, its queries are the T columns as they come; with several, each view has S.
-        num_writes: Number W of segments that leave the window of some row.
-        starts, ends: Stream position of each row before and after the call.
-        refreshes: Whether the prefix in the state must be made again from its memory before it is read.
-        lead: First columns of new streams that see nothing but the call: plain causal attention, as long as the window.
-        groups: The other views, where all rows stand at one position; empty if every row wants masks of its own.
-        offset: With several views: where in its segment every row stands, if all stand at one position.
-        places: Where each column lies in the views, 0 .. F * S - 1, (B or 1, T) int64; padding behind real tokens.
-        query_places: Where the query of each column is kept, (B or 1, T) int64: of the last L tokens of every segment,
-            that before view 0 first; one column behind all for the others.
-        observes: Whether some column may be among these.
-        first_views: View in which the document of each view began, negative before the call, (B or 1, F) int64.
-        turns: Number of segment ends that each row passes, (B,) int64.
-        segments_after: Segment of its document in which each row stands after the call, (B,) int64.
-        forgotten: How many of the writes of each row its memory does not hold, (B, 1) int64; None if all hold all.
-        is_packed: Whether a document begins inside the call.
-        is_real: Which columns are no padding, (B, T) bool; None if all are.
-        remembered: Which columns are of the last document of their row, (B, T) bool; None if all are.
-    """
-
-    num_columns: int
-    num_views: int
-    num_writes: int
-    starts: tuple[int, ...]
-    ends: tuple[int, ...]
-    refreshes: bool
-    lead: int
-    groups: tuple[ViewGroup, ...]
-    offset: int | None
-    places: torch.Tensor
-    query_places: torch.Tensor
-    observes: bool
-    first_views: torch.Tensor
-    turns: torch.Tensor
-    segments_after: torch.Tensor
-    forgotten: torch.Tensor | None
-    is_packed: bool
-    is_real: torch.Tensor | None
-    remembered: torch.Tensor | None
+    num_columns: int  # T
+    num_views: int  # F. With one view, its queries are the T columns as they come; with several, each has S
+    num_writes: int  # W, segments that leave the window of some row
+    starts: tuple[int, ...]  # stream position of each row before the call
+    ends: tuple[int, ...]  # and after it
+    refreshes: bool  # whether the prefix in the state must be made again from its memory before it is read
+    lead: int  # first columns of new streams that see nothing but the call: one plain causal attention
+    groups: tuple[ViewGroup, ...]  # the other views of rows at one position; empty if rows want masks of their own
+    offset: int | None  # with several views of rows at one position: where in its segment every row stands
+    places: torch.Tensor  # (B or 1, T), where each column lies in the views; padding behind real tokens
+    query_places: torch.Tensor  # (B or 1, T), where its query is kept: of the last L tokens of each segment from that
+    # before view 0 on; one column behind all for the others
+    observes: bool  # whether some column may be among these last tokens
+    first_views: torch.Tensor  # (B or 1, F), view in which the document of each view began, negative before the call
+    turns: torch.Tensor  # (B,), segment ends that each row passes
+    segments_after: torch.Tensor  # (B,), segment of its document in which each row stands after the call
+    forgotten: torch.Tensor | None  # (B, 1), writes of each row that its memory does not hold; None if it holds all
+    is_packed: bool  # whether a document begins inside the call
+    is_real: torch.Tensor | None  # (B, T), columns that are no padding; None if all are
+    remembered: torch.Tensor | None  # (B, T), columns of the last document of their row; None if all are
 
     def spread(self, states: torch.Tensor, num_columns: int) -> torch.Tensor:
         """(B, T, ...) in call columns to (B, num_columns, ...) in the columns of the views, zeros between."""
@@ -152,14 +131,14 @@ def plan_call(
     """Maps the columns of a call.
 
     Args:
-        config: `RMTConfig` of the model.
+        config: Of the model.
         starts: Stream position of each row before the call.
         is_real: (B, T) bool, False at padding; None if there is no padding.
         num_columns: T.
         device: Where the index tensors go.
         restarts: (B, T) bool, True where a document begins inside the call; None if none does.
         refreshes: Whether the prefix in the state is out of date.
-        forgotten: How many of the writes of each row its memory does not hold; empty if all hold all.
+        forgotten: Writes of each row that its memory does not hold; empty if all hold all.
     """
     segment, lost = config.segment_length, [*forgotten] or [0]
     offsets = [start % segment for start in starts]
@@ -263,26 +242,11 @@ def _group_views(
 
 
 def find_restarts(
-    position_ids: torch.Tensor | None,
-    starts: list[int],
-    is_real: torch.Tensor | None,
-    num_columns: int,
-    segment_length: int,
+    position_ids: torch.Tensor | None, starts: list[int], is_real: torch.Tensor | None, num_columns: int, segment: int
 ) -> torch.Tensor | None:
-    """Checks stream positions against the state and finds the documents that begin inside the rows.
+    """Where documents begin inside the rows, (B, T) bool; None if none does.
 
-    Args:
-        position_ids: (B or 1, T), or None to let the state count. What they say of padding means nothing.
-        starts: Stream position of each row before the call.
-        is_real: (B, T) bool, or None if no column is padding.
-        num_columns: T.
-        segment_length: S.
-
-    Returns:
-        (B, T) bool, True at the first column of each such document; None if there is none.
-
-    Raises:
-        ValueError: If they contradict the state, or a document begins elsewhere than at a segment start.
+    ValueError if `position_ids`, (B or 1, T), contradict the state, or a document begins not at a segment start.
     """
     if position_ids is None:
         return None
@@ -305,14 +269,13 @@ def find_restarts(
             f"position_ids contradict the state: row {row}, column {column} is at {expected[row, column]} of its "
             f"stream, got {given[row, column]}. Leave position_ids out: the state counts real tokens itself. "
             "(`generate` makes them from attention_mask: give it one, or every padding id counts as padding.) "
-            "Documents packed into one row begin at 0, each at a segment start; a new document at the beginning of the "
-            "call wants `past_key_values.reset(rows=...)`, or its own row."
+            "A new document at the beginning of the call wants `past_key_values.reset(rows=...)`, or its own row."
         )
-    if (wrong := restarts & ((begun + columns) % segment_length != 0)).any():
+    if (wrong := restarts & ((begun + columns) % segment != 0)).any():
         row, column = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"position_ids must begin a document at a segment start, got 0 at column {column} of row {row}, which is "
-            f"{(starts[row] + column) % segment_length} columns into a segment of {segment_length}: pad the document "
+            f"{(starts[row] + column) % segment} columns into a segment of {segment}: pad the document "
             "before it to whole segments (rmt_hf.data.pack does), or give each document its own row."
         )
     return restarts if restarts.any() else None

@@ -16,25 +16,18 @@ from .configuration_rmt import RMTConfig
 GATE_STRETCH = 0.1  # how far the sigmoid of the gate reaches beyond 0 and 1 before it is clamped
 VALUE_SHIFT = 4.0  # of the score that scales a value: sigmoid(4) = 0.98, so that a score of 0 changes little
 LEAST = -1e4  # strength of a token that fills an empty slot, and gives way to any other
+STEP = 2.0**-10  # strengths that differ by less may count as equal
 
 
 class Slots(NamedTuple):
-    """Memory slots, part after part, the oldest group of a ring first.
+    """Memory slots, part after part, the oldest group of a ring first."""
 
-    Args:
-        keys: (..., M, G, D), without rotary encoding, dtype of the model.
-        values: (..., M, G, D), dtype of the model.
-        strengths: (..., M, G), float32 or wider; -inf in a slot that was never written.
-        positions: (..., M, G) int64, the stream position of the token; -1 in a slot that was never written.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    strengths: torch.Tensor
-    positions: torch.Tensor
+    keys: torch.Tensor  # (..., M, G, D), without rotary encoding, dtype of the model
+    values: torch.Tensor  # (..., M, G, D)
+    strengths: torch.Tensor  # (..., M, G), float32 or wider; -inf in a slot that was never written
+    positions: torch.Tensor  # (..., M, G) int64, stream position of the token; -1 in a slot that was never written
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Slots":
-        """The slots with `function` applied to each tensor."""
         return Slots(*map(function, self))
 
     def take(self, indices: torch.Tensor, axis: int) -> "Slots":
@@ -62,27 +55,20 @@ class Slots(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Segments that leave the window.
+    """Segments that leave the window."""
 
-    Args:
-        keys: (B, W, S, G, D), without rotary encoding.
-        values: (B, W, S, G, D).
-        scores: (B, W, S, G) as `RMTMemory.scores` gives them.
-        evidence: (B, W, S, G) as `attention_evidence` gives it; None where no part asks for it.
-        positions: (B or 1, W, S) int64, stream positions.
-        is_there: (B or 1, W) bool, False for what is before the beginning of a document.
-        begins: (B or 1, W) int64: how many segments of its document are before each.
-        is_packed: Whether a document begins inside the call, so that slots may be of another.
-    """
+    keys: torch.Tensor  # (B, W, S, G, D), without rotary encoding
+    values: torch.Tensor  # (B, W, S, G, D)
+    scores: torch.Tensor  # (B, W, S, G) as `RMTMemory.scores` gives them
+    evidence: torch.Tensor | None  # (B, W, S, G) as `attention_evidence` gives it; None where no part asks for it
+    numbers: torch.Tensor  # (B or 1, W) int64, how many segments of its document are before each; negative before it
+    is_packed: bool  # whether a document begins inside the call, so that slots may be of another
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor
-    evidence: torch.Tensor | None
-    positions: torch.Tensor
-    is_there: torch.Tensor
-    begins: torch.Tensor
-    is_packed: bool
+    @property
+    def positions(self) -> torch.Tensor:
+        """Stream positions of the tokens, (B or 1, W, S, 1) int64."""
+        length = self.keys.shape[2]
+        return (self.numbers[..., None] * length + torch.arange(length, device=self.numbers.device))[..., None]
 
 
 def where_rows(rows: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
@@ -101,25 +87,25 @@ def own_heads(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def zero_of(module: nn.Module) -> torch.Tensor:
-    """Zero, with a gradient of zero for the parameters of a module itself: every call has all parameters in its graph."""
+    """Zero, with a gradient of zero for the parameters of a module itself: no call leaves one out of its graph."""
     return torch.stack([own_heads(parameter).sum() * 0 for parameter in module.parameters(recurse=False)]).sum()
 
 
 @torch.no_grad()
 def attention_evidence(queries: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
-    """How much the last tokens before a write attend to each token of the leaving segment.
+    """How much the last tokens before a write attend to each token of the leaving segment, (B, W, S, G).
 
-    Args:
-        queries: (B, W, H, L, D), with rotary encoding.
-        keys: (B, W, G, S, D), with rotary encoding.
-        scaling: Of the scores of attention.
-
-    Returns:
-        (B, W, S, G), float32 or wider: log of the softmax over the segment alone, averaged over tokens and query heads.
+    Log of the softmax over the segment alone, averaged over tokens and query heads; float32 or wider. Queries
+    (B, W, H, L, D) and keys (B, W, G, S, D) have rotary encoding.
     """
     asking = queries.unflatten(2, (keys.shape[2], -1)).flatten(3, 4)  # (B, W, G, H / G * L, D)
     scores = at_least_float32(asking @ keys.transpose(3, 4)) * scaling
     return (scores.softmax(-1).mean(3) + 1e-8).log().transpose(2, 3)
+
+
+def in_steps(strengths: torch.Tensor) -> torch.Tensor:
+    """Strengths to sort by: what is equal but for the rounding of sums is equal here, and keeps its order."""
+    return (strengths.detach() / STEP).round()
 
 
 def stretched_sigmoid(logits: torch.Tensor) -> torch.Tensor:
@@ -160,22 +146,22 @@ class RMTRing(nn.Module):
 
         Returns:
             The ring as groups before and after each round, (B, (rounds + 1) * groups, K, G, D); which tokens it has
-            taken, (B, W, S, G) bool; and a zero with a gradient.
+            taken; and a zero with a gradient.
         """
         rounds, anchor = [memory.map(lambda tensor: tensor.unflatten(1, (self.num_groups, -1)))], zero_of(self)
         if segments is None:
             return rounds[0], None, anchor
         candidates, indices = self.candidates(segments, taken)
-        candidates = candidates.forget(~segments.is_there[..., None].expand(candidates.strengths.shape[:3]))
+        candidates = candidates.forget((segments.numbers < 0)[..., None].expand(candidates.strengths.shape[:3]))
         gates = []
         # Split at once: the backward pass of a slice is as large as what was sliced, whatever the number of rounds.
         parts = zip(*(tensor.split(self.num_groups, 1) for tensor in candidates), strict=True)
         for index, part in enumerate(parts):
             new, ring, start = Slots(*part), rounds[-1], index * self.num_groups
             count = new.strengths.shape[1]
-            old, rest = ring.map(lambda tensor: tensor[:, :count]), ring.map(lambda tensor: tensor[:, count:])
+            old, rest = (Slots(*(tensor[:, piece] for tensor in ring)) for piece in (slice(count), slice(count, None)))
             if segments.is_packed:  # what was written to a group before the document began is not its own
-                other = segments.begins[:, start : start + count] < self.num_groups
+                other = segments.numbers[:, start : start + count] < self.num_groups
                 old = old.forget(other[..., None].expand(old.strengths.shape[:3]))
             written, gate = self.meet(old, new)
             gates.append(gate)
@@ -184,7 +170,7 @@ class RMTRing(nn.Module):
         if indices is None:
             return stages, None, anchor
         taken = segments.keys.new_zeros(segments.keys.shape[:4], dtype=torch.bool)
-        taken = taken.scatter(2, indices, torch.cat(gates, 1) > 0.5)
+        taken = taken.scatter(2, indices, torch.cat(gates, 1) > 0.5 + STEP)
         return stages, taken, anchor
 
     def strengths(self, segments: Segments) -> torch.Tensor | None:
@@ -198,16 +184,16 @@ class RMTRing(nn.Module):
         strengths = self.strengths(segments)
         if strengths is None:
             return self.averages(segments), None
-        positions = segments.positions[..., None].expand(strengths.shape)
+        positions = segments.positions.expand(strengths.shape)
         if self.use_attention_sink:  # which stands for the first token of a stream
             strengths = strengths.masked_fill(positions == 0, LEAST)
         chunks = strengths.unflatten(2, (-1, self.chunk_length))
-        best = chunks.sort(dim=3, descending=True, stable=True).indices[:, :, :, : self.slots_per_chunk]
+        best = in_steps(chunks).sort(dim=3, descending=True, stable=True).indices[:, :, :, : self.slots_per_chunk]
         starts = torch.arange(0, strengths.shape[2], self.chunk_length, device=strengths.device)
         indices = (best + starts[:, None, None]).flatten(2, 3)
         if taken is not None:
             strengths = strengths.masked_fill(taken, LEAST)
-        order = strengths.gather(2, indices).sort(dim=2, descending=True, stable=True).indices
+        order = in_steps(strengths.gather(2, indices)).sort(dim=2, descending=True, stable=True).indices
         indices = indices.gather(2, order)
         chosen = Slots(segments.keys, segments.values, strengths, positions).take(indices, 2)
         if self.uses_score:
@@ -219,20 +205,15 @@ class RMTRing(nn.Module):
         """Means of r equal parts of every chunk, of strength 0, at the position of the last token of each."""
         length = self.chunk_length // self.slots_per_chunk
         keys, values = (states.unflatten(2, (-1, length)).mean(3) for states in segments[:2])
-        positions = segments.positions[..., length - 1 :: length, None].expand(keys.shape[:4])
+        positions = segments.positions[:, :, length - 1 :: length].expand(keys.shape[:4])
         return Slots(keys, values, torch.zeros_like(at_least_float32(keys[..., 0])), positions)
 
     def meet(self, old: Slots, new: Slots) -> tuple[Slots, torch.Tensor]:
-        """Candidates, strongest first, meet the slots of a group, weakest first.
+        """Candidates (B, groups, K, G, D), strongest first, meet the slots of their groups, weakest first.
 
-        Args:
-            old: (B, groups, K, G, D).
-            new: The same of candidates.
-
-        Returns:
-            The slots after it, and the gate (B, groups, K, G): how much of each slot a candidate has replaced.
+        Gives the slots after it, and the gate (B, groups, K, G): how much of each slot a candidate has replaced.
         """
-        old = old.take(old.strengths.sort(dim=2, stable=True).indices, 2)
+        old = old.take(in_steps(old.strengths).sort(dim=2, stable=True).indices, 2)
         is_empty = old.strengths == -torch.inf
         kept = old.strengths.masked_fill(is_empty, 0) - at_least_float32(own_heads(self.fade))
         offered = new.strengths.clamp_min(2 * LEAST)  # what is not there at all only ever meets empty slots
@@ -242,7 +223,7 @@ class RMTRing(nn.Module):
         strengths = torch.where(is_empty, new.strengths, torch.lerp(kept, offered, gate))
         share = gate[..., None].to(old.keys.dtype)
         keys, values = (torch.lerp(before, after, share) for before, after in zip(old[:2], new[:2], strict=True))
-        positions = torch.where(gate > 0.5, new.positions, old.positions)
+        positions = torch.where(gate > 0.5 + STEP, new.positions, old.positions)
         return Slots(keys, values, strengths, positions), gate
 
     def openness(self, old: Slots, new: Slots, kept: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
@@ -255,15 +236,7 @@ class RMTRing(nn.Module):
         return stretched_sigmoid(logits + scale * (offered - kept) + bias)
 
     def version(self, stages: Slots, num_writes: torch.Tensor) -> Slots:
-        """The part after a number of writes, oldest slot first.
-
-        Args:
-            stages: What `forward` returned.
-            num_writes: (V,) the same versions for every row, or (B, V) versions of each row; int64.
-
-        Returns:
-            Slots (B, V, slots of this part, G, D).
-        """
+        """The part after a number of writes, (V,) for all rows or (B, V): slots (B, V, slots of this part, G, D)."""
         places = torch.arange(self.num_groups, device=num_writes.device) + num_writes[..., None]
         # Group b of the ring after n writes: it was written n // groups times, once more if b < n % groups.
         group, done = places % self.num_groups, num_writes[..., None]
@@ -292,14 +265,9 @@ class RMTMemory(nn.Module):
         return at_least_float32(self.score_proj(hidden_states))
 
     def forward(self, memory: Slots, segments: Segments | None) -> tuple[list[Slots], torch.Tensor]:
-        """Writes leaving segments to all parts.
+        """Writes leaving segments, if there are any, to all parts of memory (B, M, G, D).
 
-        Args:
-            memory: (B, M, G, D).
-            segments: What leaves; None if nothing does.
-
-        Returns:
-            The stages of each part, for `version` to read, and a zero with a gradient for every parameter.
+        Gives the stages of each part, for `version` to read, and a zero with a gradient for every parameter.
         """
         stages, taken, anchors, first = [], None, [], 0
         for ring in self.rings:

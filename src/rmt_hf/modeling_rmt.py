@@ -4,6 +4,7 @@ Shapes: B rows, T columns of a call, E hidden size, V vocabulary. The walk of on
 belong (layout_rmt); rotary tables once; the only loop over layers; norm; head.
 """
 
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,19 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers import modeling_layers as heads
 from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto import modeling_auto
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -36,6 +31,13 @@ from .generation_rmt import RMTGeneration
 from .layout_rmt import CallLayout, check_ids, check_labels, clear_padding, embed, find_restarts, plan_call
 from .memory_rmt import RMTRing
 from .state_rmt import LayerState
+
+
+MEMORIZE_TOKENS = 4096  # tokens of all rows in one call of `memorize`: on a CPU 8,192 take a tenth longer
+GATE_SCALE, GATE_BIAS, FADE = 1.0, -2.0, 0.0  # how gates of memory begin: a slot is mostly kept, and does not fade
+# First values of rings and fusion: every slot is treated alike, and the paths have equal shares.
+FIRST_VALUES = {"gate_weight": 0.0, "gate_scale": GATE_SCALE, "gate_bias": GATE_BIAS, "fade": FADE}
+FIRST_VALUES |= {"evidence_scale": 1.0, "scale": 1.0, "logits": 0.0}
 
 
 class RMTMLP(nn.Module):
@@ -52,7 +54,7 @@ class RMTMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class RMTDecoderLayer(GradientCheckpointingLayer):
+class RMTDecoderLayer(heads.GradientCheckpointingLayer):
     """Pre-norm block: attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: RMTConfig, layer_idx: int) -> None:
@@ -69,10 +71,6 @@ class RMTDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), state
 
 
-MEMORIZE_TOKENS = 4096  # tokens of all rows in one call of `memorize`: on a CPU 8,192 take a tenth longer
-GATE_SCALE, GATE_BIAS, FADE = 1.0, -2.0, 0.0  # how gates of memory begin: a slot is mostly kept, and does not fade
-
-
 class RMTPreTrainedModel(PreTrainedModel):
     """What all RMT models share: configuration, initialisation, abilities."""
 
@@ -81,53 +79,40 @@ class RMTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["RMTDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_flash_attn = True
-    _supports_attention_backend = True
-    _supports_context_parallel = False
-    _can_compile_fullgraph = False
+    _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
+    _supports_context_parallel = _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": RMTDecoderLayer, "attentions": RMTAttention}
 
     def __init__(self, config: RMTConfig, *args: Any, **kwargs: Any) -> None:
-        config.validate_architecture()  # fields may have been set, or overridden in `from_pretrained`, since it was made
+        config.validate_architecture()  # fields may have been set, or overridden in `from_pretrained`, since then
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initial values. As Llama: linear and embedding weights normal, `initializer_range`; biases 0; norms 1. Own:
-
-        | tensor | law |
-        |---|---|
-        | memory.rings.gate_weight | 0: every slot is treated alike at first |
-        | memory.rings.gate_scale, gate_bias, fade | GATE_SCALE, GATE_BIAS, FADE |
-        | memory.rings.evidence_scale | 1 |
-        | fusion.scale | 1 |
-        | fusion.logits | 0: equal shares |
-        | sink.key, sink.value | normal, `initializer_range`; 0 |
-        """
+        """As Llama: linear and embedding weights normal (`initializer_range`), biases 0, norms 1. The sink's key is
+        normal, too, and its value 0; rings and fusion begin with FIRST_VALUES."""
         super()._init_weights(module)
-        if isinstance(module, RMTRing):
-            init.zeros_(module.gate_weight)
-            for name, value in (("gate_scale", GATE_SCALE), ("gate_bias", GATE_BIAS), ("fade", FADE)):
-                init.constant_(getattr(module, name), value)
-            if hasattr(module, "evidence_scale"):
-                init.ones_(module.evidence_scale)
+        if isinstance(module, RMTRing | RMTFusion):
+            for name, parameter in module.named_parameters(recurse=False):
+                init.constant_(parameter, FIRST_VALUES[name])
         elif isinstance(module, RMTSink):
             init.normal_(module.key, std=self.config.initializer_range)
             init.zeros_(module.value)
-        elif isinstance(module, RMTFusion):
-            if hasattr(module, "scale"):
-                init.ones_(module.scale)
-            if hasattr(module, "logits"):
-                init.zeros_(module.logits)
         elif isinstance(module, RMTRotaryEmbedding):
             init.copy_(module.turns, rotary_turns(module.config))
 
     @classmethod
     def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
         """As every model; refuses a `distributed_config` of `from_pretrained` that cannot be followed (ValueError)."""
-        check_processes(distributed_config, cast(RMTConfig, model.config))
+        config = cast(RMTConfig, model.config)
+        tp_size, pp_size = (getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size"))
+        if config.key_value_shape[0] % tp_size:
+            rule = f"tp_size must divide num_key_value_heads ({config.num_key_value_heads}), got {tp_size}"
+            raise ValueError(f"{rule}: memory belongs to a head. Use fewer processes, or fsdp_size.")
+        if pp_size > (layers := config.num_hidden_layers):
+            raise ValueError(
+                f"pp_size must be at most num_hidden_layers ({layers}), got {pp_size}: use fewer processes."
+            )
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     @staticmethod
@@ -135,10 +120,8 @@ class RMTPreTrainedModel(PreTrainedModel):
         """As every model; refuses weights whose memory has a query and a null slot of its own (ValueError)."""
         old = [name for name in loading_info.unexpected_keys if "memory_q_proj" in name or "memory.null_key" in name]
         if old:
-            raise ValueError(
-                f"Weights must be of a memory that is a prefix of the window, got {min(old)}, of an earlier form of this "
-                "model: load them with the version of rmt_hf that wrote them."
-            )
+            rule = f"Weights must be of a memory that is a prefix of the window, got {min(old)}, of an earlier form of "
+            raise ValueError(f"{rule}this model: load them with the version of rmt_hf that wrote them.")
         return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     @torch.no_grad()
@@ -151,34 +134,27 @@ class RMTPreTrainedModel(PreTrainedModel):
     ) -> RMTCache:
         """Reads any number of tokens in bounded memory: calls of `MEMORIZE_TOKENS`, no logits, no gradients.
 
-        The model reads as it is; call `eval()` first if it has dropout. If reading is interrupted, a state that was
-        given stands at the end of the last whole call (`get_seq_length()` says where).
+        The model reads as it is: call `eval()` first if it has dropout. If it is interrupted, a state that was given
+        stands at the end of the last whole call. ValueError if an input breaks a rule; nothing has been read then.
 
         Args:
             input_ids: (B, T) int64, may be much longer than the window.
             attention_mask: (B, T), 0 at padding, which may be anywhere.
-            past_key_values: The state to go on from, changed in place; a new one if None.
+            past_key_values: The state to go on from, changed in place and returned; a new one if None.
             show_progress: Whether to show a progress bar.
-
-        Returns:
-            The state after the last token; pass it as `past_key_values`.
-
-        Raises:
-            ValueError: If an input breaks a rule; nothing has been read then.
         """
         check_ids(input_ids, self.config.vocab_size)
         cache = RMTCache(self.config) if past_key_values is None else past_key_values
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            wanted, got = tuple(input_ids.shape), tuple(attention_mask.shape)
             raise ValueError(
-                f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}, got "
-                f"{tuple(attention_mask.shape)}: columns read before are not named again here."
+                f"attention_mask must have the shape of input_ids, {wanted}, got {got}: it is of these alone."
             )
         (num_rows, num_columns), segment = input_ids.shape, self.config.segment_length
         size = max(1, MEMORIZE_TOKENS // num_rows // segment) * segment
         starts = range(0, num_columns, size)
         # A pipeline is a matter of the model with its head, and sends nothing between stages but in its forward.
-        is_stage = hasattr(self, "_pp_stage")
-        reader = partial(self, logits_to_keep=1) if is_stage else self.base_model
+        reader = partial(self, logits_to_keep=1) if hasattr(self, "_pp_stage") else self.base_model
         for start in logging.tqdm(starts, desc="Memorizing", unit=f"x{size} tokens", disable=not show_progress):
             columns = slice(start, start + size)
             mask = None if attention_mask is None else attention_mask[:, columns]
@@ -197,9 +173,6 @@ class RMTPreTrainedModel(PreTrainedModel):
 class RMTModel(RMTPreTrainedModel):
     """The decoder without a head.
 
-    Args:
-        config (`RMTConfig`): What to build.
-
     Source: arXiv 2507.00453, section 3; docs/design.md lists every departure.
     """
 
@@ -214,7 +187,7 @@ class RMTModel(RMTPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs
-    def forward(  # type: ignore[misc]  # TransformersKwargs names position_ids again
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -222,9 +195,9 @@ class RMTModel(RMTPreTrainedModel):
         past_key_values: RMTCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Reads T more columns of B streams.
+        """Reads T more columns of B streams: `last_hidden_state` (B, T, E) and `past_key_values`.
 
         Args:
             input_ids: (B, T) int64; this or `inputs_embeds`.
@@ -235,33 +208,21 @@ class RMTModel(RMTPreTrainedModel):
             inputs_embeds: (B, T, E) instead of `input_ids`.
             use_cache: Whether to return a state although none was given.
 
-        Returns:
-            `last_hidden_state` (B, T, E) and `past_key_values`.
-
         Raises:
-            ValueError: If an input breaks a rule; nothing has been changed then.
-            TypeError: If `past_key_values` is not an RMTCache.
+            ValueError, TypeError: If an input breaks a rule, or is no RMTCache; nothing has been changed then.
             RuntimeError: If another call, in another thread, is reading with the same state.
         """
-        if past_key_values is None and use_cache:
-            past_key_values = RMTCache(self.config)
-        if past_key_values is not None:
-            check_cache_type(past_key_values)
+        cache = RMTCache(self.config) if past_key_values is None and use_cache else past_key_values
+        if cache is not None:
+            check_cache_type(cache)
         read = self._read if torch.compiler.is_exporting() else self._read_in_python
-        with nullcontext() if past_key_values is None else past_key_values.exclusive():
-            hidden_states = read(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+        with nullcontext() if cache is None else cache.exclusive():
+            hidden_states = read(cache, input_ids, attention_mask, position_ids, inputs_embeds)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
 
-    def _read(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: RMTCache | None,
-        inputs_embeds: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Last hidden states (B, T, E) of checked inputs; the state changes when all is done."""
-        hidden_states, layout = self._prepare(input_ids, attention_mask, position_ids, cache, inputs_embeds)
+    def _read(self, cache: RMTCache | None, *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Last hidden states (B, T, E); the state changes when all is done."""
+        hidden_states, layout = self._prepare(cache, *inputs)
         states = None if cache is None else [layer.state for layer in cache.layers]
         hidden_states, states = self._run_layers(hidden_states, replace(layout, starts=(), ends=()), states)
         if cache is not None:
@@ -272,29 +233,21 @@ class RMTModel(RMTPreTrainedModel):
     _read_in_python = torch.compiler.disable(_read, recursive=False)
 
     @torch.compiler.disable
-    def _prepare(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: RMTCache | None,
-        inputs_embeds: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, CallLayout]:
+    def _prepare(self, cache: RMTCache | None, *inputs: torch.Tensor | None) -> tuple[torch.Tensor, CallLayout]:
         """Checks everything, before anything changes: embeddings (B, T, E), and where their columns belong."""
-        inputs_embeds = embed(self.embed_tokens, self.config.hidden_size, input_ids, inputs_embeds)
+        (input_ids, attention_mask, position_ids, inputs_embeds), config = inputs, self.config
+        inputs_embeds = embed(self.embed_tokens, config.hidden_size, input_ids, inputs_embeds)
         batch_size, num_columns = inputs_embeds.shape[:2]
         if cache is not None and self.training and torch.is_grad_enabled():
             refuse_reentrant_checkpoints(self.layers)
-        starts = stream_starts(cache, self.config, batch_size)
+        starts = stream_starts(cache, config, batch_size)
         is_real = real_columns(attention_mask, cache, batch_size, num_columns)
         inputs_embeds = clear_padding(inputs_embeds, is_real, check=input_ids is None)
-        restarts = find_restarts(position_ids, starts, is_real, num_columns, self.config.segment_length)
-        refreshes = bool(self.config.prefix_length) and cache is not None
-        refreshes = refreshes and (cast(RMTCache, cache).is_stale or torch.is_grad_enabled())
+        restarts = find_restarts(position_ids, starts, is_real, num_columns, config.segment_length)
+        forgotten, refreshes = ((), False) if cache is None else (cache.forgotten, cache.is_stale)
+        refreshes = cache is not None and config.prefix_length > 0 and (refreshes or torch.is_grad_enabled())
         device = inputs_embeds.device
-        forgotten = () if cache is None else cache.forgotten
-        layout = plan_call(self.config, starts, is_real, num_columns, device, restarts, refreshes, forgotten)
-        return inputs_embeds, layout
+        return inputs_embeds, plan_call(config, starts, is_real, num_columns, device, restarts, refreshes, forgotten)
 
     def _run_layers(
         self, hidden_states: torch.Tensor, layout: CallLayout, states: list[LayerState | None] | None
@@ -326,7 +279,7 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
         self.post_init()
 
     @can_return_tuple
-    def forward(  # type: ignore[misc]  # TransformersKwargs names position_ids again
+    def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -336,9 +289,9 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss if labels are given; other arguments as `RMTModel.forward` takes them.
+        """Logits, and the loss if labels are given; other arguments and errors as of `RMTModel.forward`.
 
         Args:
             labels: (B, T) token ids, not shifted; -100 is ignored.
@@ -348,25 +301,16 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
             `logits` (B, T, V), `loss`, `past_key_values`, and what `output_hidden_states`, `output_attentions` ask for.
             With labels and `config.use_chunked_loss`, `logits` is None, unless an adapter has taken the place of the
             vocabulary projection, or processes share it out.
-
-        Raises:
-            ValueError: As `RMTModel.forward`, and if labels have another shape.
-            RuntimeError: As `RMTModel.forward`, and if `config.use_chunked_loss` meets a torch before 2.13.
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
         is_plain = type(self.lm_head) is nn.Linear and not hasattr(self.lm_head.weight, "device_mesh")
         in_chunks = labels is not None and self.config.use_chunked_loss and is_plain
-        if in_chunks:
-            check_chunked_loss()
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        if in_chunks and not hasattr(F, "linear_cross_entropy"):
+            version = f"torch 2.13 or newer, got {torch.__version__}"
+            raise RuntimeError(f"use_chunked_loss=True needs {version}: set it to False, or install a newer torch.")
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        outputs = self.model(**inputs, **kwargs)
         logits = loss = None
         if in_chunks:
             loss = chunked_loss(outputs.last_hidden_state, self.lm_head.weight, cast(torch.Tensor, labels), **kwargs)
@@ -374,156 +318,78 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
             if labels is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        rest = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 
 
-class RMTForSequenceClassification(GenericForSequenceClassification, RMTPreTrainedModel):
+class RMTForSequenceClassification(heads.GenericForSequenceClassification, RMTPreTrainedModel):
     """One prediction per row, from its last token that is no padding."""
 
     def __init__(self, config: RMTConfig) -> None:
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = RMTModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        super(heads.GenericForSequenceClassification, self).__init__(config)
+        self.num_labels, self.model = config.num_labels, RMTModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
 
-class RMTForTokenClassification(GenericForTokenClassification, RMTPreTrainedModel):
+class RMTForTokenClassification(heads.GenericForTokenClassification, RMTPreTrainedModel):
     """One prediction per token."""
 
     def __init__(self, config: RMTConfig) -> None:
-        super(GenericForTokenClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = RMTModel(config)
+        super(heads.GenericForTokenClassification, self).__init__(config)
+        self.num_labels, self.model = config.num_labels, RMTModel(config)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
-        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
 
-class RMTForQuestionAnswering(GenericForQuestionAnswering, RMTPreTrainedModel):
+class RMTForQuestionAnswering(heads.GenericForQuestionAnswering, RMTPreTrainedModel):
     """Start and end of an answer in the text."""
 
     def __init__(self, config: RMTConfig) -> None:
-        super(GenericForQuestionAnswering, self).__init__(config)
+        super(heads.GenericForQuestionAnswering, self).__init__(config)
         self.model = RMTModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
 
-def check_chunked_loss() -> None:
-    """Refuses a torch that is too old, before a call changes anything."""
-    if not hasattr(F, "linear_cross_entropy"):
-        raise RuntimeError(
-            f"use_chunked_loss=True needs torch 2.13 or newer, got {torch.__version__}: set config.use_chunked_loss to "
-            "False, or install a newer torch."
-        )
-
-
-def chunked_loss(
-    hidden_states: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
+def chunked_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """The loss of causal language models as transformers defines it, without logits that exist all at once.
 
-    Args:
-        hidden_states: (B, T, E), after the last norm.
-        weight: (V, E), of the vocabulary projection.
-        labels: (B, T) token ids, not shifted.
-        num_items_in_batch: What the sum over tokens is divided by; None for the number of tokens that count.
-        ignore_index: Label of tokens that do not count.
-        shift_labels: (B, T) labels that are shifted already; used instead of `labels`.
-        kwargs: Of no meaning here.
-
-    Returns:
-        A scalar in the dtype of the hidden states; sums are taken in float32 or wider.
+    Of hidden states (B, T, E) after the last norm and the weight (V, E) of the projection, a scalar in their dtype. The
+    sum over tokens, in float32 or wider, is divided by `num_items_in_batch`, or the number of tokens that count.
     """
-    if shift_labels is None:
-        shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-    loss = F.linear_cross_entropy(
-        hidden_states.flatten(0, 1),
-        weight,
-        shift_labels.flatten().to(hidden_states.device),
-        reduction="mean" if num_items_in_batch is None else "sum",
-        ignore_index=ignore_index,
-        options=nn.LinearCrossEntropyOptions(),
-    )
-    return loss if num_items_in_batch is None else loss / num_items_in_batch
+    ignored, shifted = kwargs.get("ignore_index", -100), kwargs.get("shift_labels")
+    shifted = F.pad(labels[:, 1:], (0, 1), value=ignored) if shifted is None else shifted
+    targets, num_items = shifted.flatten().to(hidden.device), kwargs.get("num_items_in_batch")
+    options = {"ignore_index": ignored, "options": nn.LinearCrossEntropyOptions()}
+    options["reduction"] = "mean" if num_items is None else "sum"
+    loss = F.linear_cross_entropy(hidden.flatten(0, 1), weight, targets, **options)
+    return loss if num_items is None else loss / num_items
 
 
 def refuse_reentrant_checkpoints(layers: nn.ModuleList) -> None:
     """Refuses the kind of checkpoint that cuts the gradient through the state without a word."""
     functions = [layer._gradient_checkpointing_func for layer in layers if layer.gradient_checkpointing]
     if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
-        raise ValueError(
-            "Gradient checkpointing with use_reentrant=True cuts the gradient through past_key_values: enable it with "
-            "use_reentrant=False, or pass no past_key_values."
-        )
+        remedy = "enable checkpoints with use_reentrant=False, or pass no past_key_values."
+        raise ValueError(f"use_reentrant=True cuts the gradient through past_key_values: {remedy}")
 
 
-def check_processes(distributed_config: Any, config: RMTConfig) -> None:
-    """Refuses processes that a model cannot be shared out over.
+# The class for each auto class, and the library's table of class names for it, which Trainer and pipelines ask and
+# `register` leaves as it is. Filled here and not in the package, because this file travels to the Hub.
+AUTO_CLASSES: dict[str, tuple[type[RMTPreTrainedModel], dict[str, Any]]] = {}
+for _class in (
+    RMTModel,
+    RMTForCausalLM,
+    RMTForSequenceClassification,
+    RMTForTokenClassification,
+    RMTForQuestionAnswering,
+):
+    _name = f"Model{_class.__name__.removeprefix('RMT').removeprefix('Model')}"
+    _table = getattr(modeling_auto, re.sub("(?<=[a-z])(?=[A-Z])", "_", _name).upper() + "_MAPPING_NAMES")
+    _table.setdefault(RMTConfig.model_type, _class.__name__)
+    AUTO_CLASSES[f"Auto{_name}"] = _class, _table
 
-    Args:
-        distributed_config: `transformers.distributed.DistributedConfig`, or None.
-        config: Of the model.
-
-    Raises:
-        ValueError: If key/value heads cannot be dealt out evenly, or a pipeline has more stages than layers.
-    """
-    tp_size, pp_size = (getattr(distributed_config, name, None) or 1 for name in ("tp_size", "pp_size"))
-    num_heads, _ = config.key_value_shape
-    if num_heads % tp_size:
-        raise ValueError(
-            f"tp_size must divide num_key_value_heads ({num_heads}), got {tp_size}: memory belongs to a head and "
-            "cannot be split any further. Use fewer processes, or fsdp_size."
-        )
-    if pp_size > config.num_hidden_layers:
-        raise ValueError(
-            f"pp_size must be at most num_hidden_layers ({config.num_hidden_layers}), got {pp_size}: every stage of a "
-            "pipeline needs a layer. Use fewer processes."
-        )
-
-
-# The class for each auto class, and the library's table of class names for it.
-AUTO_CLASSES: dict[str, tuple[type[RMTPreTrainedModel], dict]] = {
-    "AutoModel": (RMTModel, modeling_auto.MODEL_MAPPING_NAMES),
-    "AutoModelForCausalLM": (RMTForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    "AutoModelForSequenceClassification": (
-        RMTForSequenceClassification,
-        modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    ),
-    "AutoModelForTokenClassification": (
-        RMTForTokenClassification,
-        modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    ),
-    "AutoModelForQuestionAnswering": (
-        RMTForQuestionAnswering,
-        modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    ),
-}
-
-# Trainer asks these tables whether label smoothing must shift the labels, pipelines whether a head is the right one,
-# and `register` leaves them as they are. Filled here and not in the package, because this file travels to the Hub.
-for _model_class, _names in AUTO_CLASSES.values():
-    _names.setdefault(RMTConfig.model_type, _model_class.__name__)
-
-__all__ = [
-    "RMTForCausalLM",
-    "RMTForQuestionAnswering",
-    "RMTForSequenceClassification",
-    "RMTForTokenClassification",
-    "RMTModel",
-    "RMTPreTrainedModel",
-]
+__all__ = [*(_class.__name__ for _class, _ in AUTO_CLASSES.values()), "RMTPreTrainedModel"]

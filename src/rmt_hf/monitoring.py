@@ -1,6 +1,7 @@
 """What memory is doing while a model trains: gates, reads, slots and fusion, for the loggers of `Trainer`. A home file.
 
-Shapes: B rows, T columns, E hidden size, M slots, H query heads, G key/value heads, D head width.
+Shapes: B rows, T columns, F views, E hidden size, M slots, P columns of the prefix, H query heads, G key/value heads,
+D head width.
 """
 
 from collections import Counter, defaultdict
@@ -15,12 +16,14 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .attention_rmt import RMTAttention
+from .attention_rmt import RMTAttention, RMTFusion, Turn
 from .cache_rmt import RMTCache
 from .evaluation import evaluation_mode
 from .lane_state import Columns, LaneState, begin_documents
-from .memory_rmt import RMTMemory, Slots, at_least_float32
-from .modeling_rmt import MEMORY_GATE_BIAS, RMTModel
+from .layout_rmt import CallLayout, ViewGroup
+from .memory_rmt import LEAST, RMTRing, Slots, at_least_float32
+from .modeling_rmt import GATE_BIAS, GATE_SCALE, RMTModel
+from .state_rmt import LayerState
 from .training_arguments import RMTTrainingArguments
 
 
@@ -29,8 +32,8 @@ PATIENCE = 3  # logs in a row that must show a collapse before it is warned abou
 INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 NO_WAY_BACK = (
     "A gate that is exactly 0 or 1 has no gradient, so this will not mend itself. Begin again with a lower learning "
-    "rate, a longer warm-up or a smaller max_grad_norm, or go on with gates half open: set gate_weight of every "
-    f"`layer.self_attn.memory` to 0 and gate_bias to {MEMORY_GATE_BIAS}, as they begin."
+    "rate, a longer warm-up or a smaller max_grad_norm, or go on with gates as they begin: for every ring in "
+    f"`layer.self_attn.memory.rings`, set gate_weight to 0, gate_scale to {GATE_SCALE} and gate_bias to {GATE_BIAS}."
 )
 # What is warned about: a figure of a layer, from which value on, and what that means.
 COLLAPSES = {
@@ -40,7 +43,7 @@ COLLAPSES = {
     ),
     "memory_gate_open": (
         1.0,
-        f"All gates are open: every write replaces a slot whole, nothing outlives a turn of the ring. {NO_WAY_BACK}",
+        f"All gates are open: every write replaces a slot whole, nothing outlives one round of the ring. {NO_WAY_BACK}",
     ),
     **{
         f"memory_{part}_similarity": (
@@ -59,7 +62,7 @@ logger = logging.get_logger(__name__)
 
 
 class LayerMeans:
-    """Weighted means of one layer by name, gathered piece by piece."""
+    """Weighted means of one layer by name, gathered call by call."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[torch.Tensor]] = defaultdict(list)
@@ -78,22 +81,23 @@ class LayerMeans:
 class RMTMemoryCallback(TrainerCallback):
     """Logs what memory does, at every log of `RMTTrainer`, and warns once when memory has collapsed.
 
-    The first batch of a step, lanes and all, is read once more when it is logged, with the weights of then, without
-    gradient and dropout: training goes on as if nothing had been looked at. Logged are means over layers:
+    The first batch of a step is read once more when it is logged, from the state before it, with the weights of then,
+    without gradient and dropout: training goes on as if nothing had been looked at. Logged are means over layers:
 
-    - `memory_gate_mean`, and the shares that are exactly 0 and 1, `memory_gate_shut` and `memory_gate_open`: of writes
-      to slots that held something.
-    - `memory_slot_use`: share of the read attention that goes to slots and not to the null slot.
-    - `memory_read_age`: segments back to the one that was last written to the place of what is read, by attention.
+    - `memory_gate_mean`, and the shares that are exactly 0 and 1, `memory_gate_shut` and `memory_gate_open`: of
+      candidates that meet a slot that holds something.
+    - `memory_slot_use`: share of attention that goes to slots, by tokens that see any: of prefix and window together,
+      or with softmax fusion of the prefix alone.
+    - `memory_read_age`: segments from a token back to the one that a slot comes from, by attention.
     - `memory_key_norm`, `memory_value_norm`, and `memory_key_similarity`, `memory_value_similarity`, the mean cosine
       between two slots: of slots that hold something.
-    - `fusion_local`, `fusion_memory` and, with softmax fusion, `fusion_global`: what each path counts.
+    - `fusion_local`: what the local path counts.
 
     What there is nothing of, in short rows that write nothing for example, is not logged.
 
     Args:
         num_rows: Rows that are read once more, of each process.
-        num_segments: The last segments of them, of which it is noted what they read; what is before is read in one go.
+        num_segments: The last segments of them, of which it is noted what they read; one call reads what is before.
 
     Raises:
         ValueError: When training begins, if the trainer is not an `RMTTrainer`, or the model has no memory.
@@ -178,10 +182,10 @@ def read_once_more(model: RMTModel, inputs: Columns, state: RMTCache, num_segmen
     with evaluation_mode(model):
         first = max(0, -(-columns // segment) - num_segments) * segment
         for start, stop in pairwise(sorted({0, *range(first, columns, segment), columns})):
-            piece = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
-            begin_documents(state, piece)
-            with watched(model, piece, means, notes_reads=start >= first):
-                model(**piece, past_key_values=state)
+            part = {name: tensor[:, start:stop] for name, tensor in inputs.items()}
+            begin_documents(state, part)
+            with watched(model, part, means, notes_reads=start >= first):
+                model(**part, past_key_values=state)
     for layer, of_layer in zip(state.layers, means, strict=True):
         if layer.state is not None:
             note_slots(layer.state.memory, of_layer)
@@ -189,84 +193,118 @@ def read_once_more(model: RMTModel, inputs: Columns, state: RMTCache, num_segmen
 
 
 @contextmanager
-def watched(model: RMTModel, piece: Columns, means: list[LayerMeans], notes_reads: bool) -> Iterator[None]:
-    """Notes what every layer does in one call of a piece, inside of the context; reads if it is one segment."""
-    ids = next(piece[name] for name in ("input_ids", "inputs_embeds") if name in piece)
-    is_real = piece.get("attention_mask", torch.ones(ids.shape[:2], device=ids.device)) != 0
+def watched(model: RMTModel, columns: Columns, means: list[LayerMeans], notes_reads: bool) -> Iterator[None]:
+    """Notes what every layer does in one call, inside of the context; what is read, only if that is wanted."""
+    ids = next(columns[name] for name in ("input_ids", "inputs_embeds") if name in columns)
+    is_real = columns.get("attention_mask", torch.ones(ids.shape[:2], device=ids.device)) != 0
     with ExitStack() as stack:
         for layer, of_layer in zip(model.layers, means, strict=True):
             attention = cast(RMTAttention, layer.self_attn)
-
-            def note(module: nn.Module, args: tuple, kwargs: dict[str, Any], of_layer: LayerMeans = of_layer) -> None:
-                note_fusion(cast(RMTAttention, module), args[0], is_real, of_layer)
-                if notes_reads and kwargs["state"] is not None:
-                    note_reads(cast(RMTAttention, module), args[0], kwargs["state"].memory, is_real, of_layer)
-
-            stack.enter_context(attention.register_forward_pre_hook(note, with_kwargs=True))
-            stack.enter_context(gates_noted(attention.memory, of_layer))
+            stack.enter_context(fusion_noted(attention.fusion, is_real, of_layer))
+            for ring in attention.memory.rings:
+                stack.enter_context(gates_noted(cast(RMTRing, ring), of_layer))
+            if notes_reads:
+                stack.enter_context(reads_noted(attention, is_real, of_layer))
         yield
 
 
 @contextmanager
-def gates_noted(memory: RMTMemory, means: LayerMeans) -> Iterator[None]:
-    """Notes the gate of every write inside of the context that meets a slot that holds something."""
-    openness = memory.openness
+def gates_noted(ring: RMTRing, means: LayerMeans) -> Iterator[None]:
+    """Notes the gate of every candidate inside of the context that meets a slot, where it is the gate that decides."""
+    openness = ring.openness
 
-    def noting(old: Slots, new: Slots) -> torch.Tensor:
-        gate = openness(old, new)
-        meets = (old.strengths > -torch.inf) & (new.strengths > -torch.inf)
+    def noting(old: Slots, new: Slots, kept: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
+        gate = openness(old, new, kept, offered)
+        meets = (old.strengths > -torch.inf) & (kept > LEAST / 2) & (offered > LEAST / 2)
         for name, values in (("mean", gate), ("shut", gate == 0), ("open", gate == 1)):
             means.add(f"memory_gate_{name}", values.to(gate.dtype), meets)
         return gate
 
-    with patch.object(memory, "openness", noting):
+    with patch.object(ring, "openness", noting):
         yield
 
 
-def note_fusion(attention: RMTAttention, hidden: torch.Tensor, is_real: torch.Tensor, means: LayerMeans) -> None:
-    """Notes what each path counts for hidden states (B, T, E) of real tokens, (B, T) bool."""
-    shares = attention.fusion(hidden)
-    for name, share in zip(("global", "local", "memory"), shares, strict=True):
-        if share is not None:
-            of_heads = share.expand(*is_real.shape, attention.config.num_attention_heads, 1)
-            means.add(f"fusion_{name}", at_least_float32(of_heads), is_real[..., None, None])
+@contextmanager
+def fusion_noted(fusion: RMTFusion, is_real: torch.Tensor, means: LayerMeans) -> Iterator[None]:
+    """Notes what the local path counts for real tokens, (B, T) bool, inside of the context."""
+
+    def note(module: nn.Module, args: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Any]) -> None:
+        hidden_states, window, local, _ = args
+        if local is not None:
+            share = fusion.share(hidden_states) if fusion.is_gated else fusion.logits.softmax(0)[1]
+            means.add("fusion_local", at_least_float32(share.expand(*window.shape[:3], 1)), is_real[..., None, None])
+
+    handle = fusion.register_forward_pre_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def note_reads(
-    attention: RMTAttention, hidden: torch.Tensor, memory: Slots, is_real: torch.Tensor, means: LayerMeans
-) -> None:
-    """Notes how much of memory is read, and how old it is.
+@contextmanager
+def reads_noted(attention: RMTAttention, is_real: torch.Tensor, means: LayerMeans) -> Iterator[None]:
+    """Notes how much real tokens, (B, T) bool, read of slots in one call inside of the context, and how old it is."""
+    make_prefix, read = attention.prefix, attention.read
+    memories: list[Slots] = []  # (B, F, M, G, D) as the views of the call see them, if prefixes are made of them
+
+    def prefix(memory: Slots, turn: Turn) -> tuple[torch.Tensor, torch.Tensor]:
+        memories.append(memory)
+        return make_prefix(memory, turn)
+
+    def noting(
+        query: torch.Tensor, frame: LayerState, prefix: Any, layout: CallLayout, mask: Any, columns: tuple[int, int]
+    ) -> Any:
+        if columns[0] == 0:  # the prefix, and the window too if they have one softmax
+            weights = slot_attention(attention, query, frame, prefix, layout, columns[1])
+            memory = memories[0] if memories else frame.memory.map(lambda tensor: tensor[:, None])
+            note_reads(weights, memory, layout, attention.segment_length, is_real, means)
+        return read(query, frame, prefix, layout, mask, columns)
+
+    with patch.object(attention, "prefix", prefix), patch.object(attention, "read", noting):
+        yield
+
+
+def slot_attention(
+    attention: RMTAttention, query: torch.Tensor, frame: LayerState, prefix: Any, layout: CallLayout, num_columns: int
+) -> torch.Tensor:
+    """Attention of the queries of each view to slots, (B, F, queries, G, H / G, M): the last M columns of the prefix.
 
     Args:
         attention: The layer.
-        hidden: (B, T, E), after the input norm; tokens of one segment.
-        memory: Slots (B, M, G, D) as those tokens find it.
+        query: (B, T, H, D).
+        frame, prefix, layout: As `RMTAttention.read` takes them.
+        num_columns: Columns of prefix and window that share a softmax.
+    """
+    views, heads = layout.num_views, frame.keys.shape[1]
+    asked = layout.spread(query, views * attention.segment_length).unflatten(1, (views, -1)).unflatten(3, (heads, -1))
+    keys = attention.columns(frame, prefix, layout, ViewGroup(0, views, 0, 0))[0][..., :num_columns, :]
+    scores = torch.einsum("bfqgrd,bfgkd->bfqgrk", at_least_float32(asked), at_least_float32(keys)) * attention.scaling
+    seen = layout.window_mask(attention.config)[:, :, :, None, None, :num_columns]
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()  # there may be nothing to see
+    return weights[..., attention.prefix_length - attention.num_memory_slots : attention.prefix_length]
+
+
+def note_reads(
+    weights: torch.Tensor, memory: Slots, layout: CallLayout, segment: int, is_real: torch.Tensor, means: LayerMeans
+) -> None:
+    """Notes how much of the slots is read, and how old it is.
+
+    Args:
+        weights: (B, F, queries, G, H / G, M) as `slot_attention` gives them.
+        memory: Slots (B, F, M, G, D), in any order.
+        layout: Of the call.
+        segment: S.
         is_real: (B, T) bool.
         means: To put the figures in.
     """
-    on_slots = slot_attention(attention, hidden, memory)  # (B, G, H / G, T, M)
-    finds_slots = (memory.strengths > -torch.inf).any(1)  # (B, G)
-    counts = is_real[:, None, None] & finds_slots[..., None, None]
-    mass = on_slots.sum(-1)
-    means.add("memory_slot_use", mass, counts)
-    blocks = attention.memory.blocks
-    ages = attention.num_lookback_segments + torch.arange(blocks, 0, -1, device=hidden.device)  # oldest first
-    ages = ages.repeat_interleave(memory.strengths.shape[1] // blocks).to(mass.dtype)
-    means.add("memory_read_age", ages.expand_as(on_slots), on_slots * counts[..., None])
-
-
-def slot_attention(attention: RMTAttention, hidden: torch.Tensor, memory: Slots) -> torch.Tensor:
-    """Weights (B, G, H / G, T, M) with which hidden states (B, T, E) read slots; the rest is the null slot's."""
-    query = attention.memory_q_proj(hidden).unflatten(-1, (-1, attention.head_dim))
-    query = cast(nn.Module, attention.memory_q_norm)(query) if attention.use_qk_norm else query
-    query = (
-        at_least_float32(query).unflatten(2, (-1, attention.num_key_value_groups)) * attention.scaling
-    )  # (B, T, G, H / G, D)
-    keys, null_key = memory.keys.to(query.dtype), attention.memory.null_key.to(query.dtype)
-    scores = torch.einsum("btgrd,bmgd->bgrtm", query, keys)
-    scores = scores + memory.strengths.to(query.dtype).transpose(1, 2)[:, :, None, None]
-    null_scores = torch.einsum("btgrd,gd->bgrt", query, null_key)
-    return torch.cat([null_scores[..., None], scores], -1).softmax(-1)[..., 1:]
+    positions = memory.positions.transpose(2, 3).sort(-1).values[:, :, None, :, None]  # in the order of the columns
+    is_slot = positions >= 0  # else it is empty, or the sink
+    real = layout.spread(is_real.to(weights.dtype), layout.num_views * segment).unflatten(1, (layout.num_views, -1))
+    counts = real[..., None, None] * is_slot.any(-1)
+    weights = weights * is_slot
+    means.add("memory_slot_use", weights.sum(-1), counts)
+    ages = layout.view_segments[..., None, None, None, None] - positions // segment
+    means.add("memory_read_age", ages.to(weights.dtype).expand_as(weights), weights * counts[..., None])
 
 
 def note_slots(memory: Slots, means: LayerMeans) -> None:

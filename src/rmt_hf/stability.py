@@ -66,12 +66,12 @@ def lane_tensors(trainer: RMTTrainer) -> list[tuple[str, torch.Tensor]]:
     for index, layer in enumerate([] if cache is None else cache.layers):
         if layer.state is None:
             continue
-        keys, values, scores, *memories = layer.state
-        named += [("keys", keys), ("values", values), ("scores", scores)]
+        keys, values, scores, queries, *memories = layer.state
+        named += [("keys", keys), ("values", values), ("scores", scores), ("queries", queries)]
         for memory in memories:
             strengths = memory.strengths.masked_fill(memory.strengths == -torch.inf, 0)
             named += [("slot keys", memory.keys), ("slot values", memory.values), ("slot strengths", strengths)]
-        named[-9:] = [(f"{name} of layer {index} in the lanes", tensor) for name, tensor in named[-9:]]
+        named[-10:] = [(f"{name} of layer {index} in the lanes", tensor) for name, tensor in named[-10:]]
     return named
 
 

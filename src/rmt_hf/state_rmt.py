@@ -16,25 +16,16 @@ from .memory_rmt import Slots, at_least_float32, where_rows
 
 
 class StateSizes(NamedTuple):
-    """Plain numbers of a configuration, each look into which costs 3 µs.
+    """Plain numbers of a configuration, each look into which costs 3 µs."""
 
-    Args:
-        segment: S.
-        columns: (N + 2) * S.
-        prefix: P.
-        slots: M.
-        queries: L, or 0 where no part of memory asks for evidence.
-    """
-
-    segment: int
-    columns: int
-    prefix: int
-    slots: int
-    queries: int
+    segment: int  # S
+    columns: int  # (N + 2) * S
+    prefix: int  # P
+    slots: int  # M
+    queries: int  # L, or 0 where no part of memory asks for evidence
 
     @staticmethod
     def of(config: RMTConfig) -> "StateSizes":
-        """The sizes of the state of one layer."""
         queries = config.num_observing_tokens if any(uses for *_, uses in config.memory_parts) else 0
         columns = config.window_length + config.segment_length
         return StateSizes(config.segment_length, columns, config.prefix_length, config.num_memory_slots, queries)
@@ -64,7 +55,6 @@ class LayerState(NamedTuple):
     previous_memory: Slots
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
-        """The state with `function` applied to every tensor."""
         return LayerState.from_tensors([function(tensor) for tensor in self.tensors()])
 
     def cast(self, dtype: torch.dtype) -> "LayerState":
@@ -80,24 +70,23 @@ class LayerState(NamedTuple):
         return LayerState(keys, values, self.scores.to(wide), queries, memory, before)
 
     def tensors(self) -> list[torch.Tensor]:
-        """All tensors of the state."""
         return [*self[:4], *self.memory, *self.previous_memory]
 
     @staticmethod
     def from_tensors(tensors: Sequence[torch.Tensor]) -> "LayerState":
-        """The state of what `tensors` gave."""
         keys, values, scores, queries, *slots = tensors
         return LayerState(keys, values, scores, queries, Slots(*slots[:4]), Slots(*slots[4:]))
 
     @staticmethod
     def stack(states: Sequence["LayerState"]) -> "LayerState":
         """One state of all the streams of several, in order."""
-        pairs = zip(*(state.tensors() for state in states), strict=True)
-        return LayerState.from_tensors([torch.cat(tensors) for tensors in pairs])
+        return LayerState.from_tensors(
+            [torch.cat(each) for each in zip(*(state.tensors() for state in states), strict=True)]
+        )
 
     @staticmethod
     def empty(sizes: StateSizes, keys: torch.Tensor, scores: torch.Tensor, queries: torch.Tensor) -> "LayerState":
-        """The state of streams that have read nothing; keys (B, T, G, D), scores and queries are those of a call."""
+        """The state of streams that have read nothing; keys, scores and queries (B, T, ...) are those of a call."""
         batch, _, heads, width = keys.shape
         window, memory = (batch, heads, sizes.columns + sizes.prefix, width), Slots.empty(keys, sizes.slots)
         return LayerState(  # zeros that take no memory before they are written to
@@ -112,24 +101,27 @@ class LayerState(NamedTuple):
     def extend(
         self, layout: CallLayout, sizes: StateSizes, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor
     ) -> "LayerState":
-        """The state with the tokens of a call, (B, T, ...), and without the prefix F - 1 segments more.
+        """The frame of a call: with its tokens, (B, T, ...), and of several views F - 1 more segments and no prefix.
 
         With one view, columns are written in place where no gradient needs what is there.
         """
-        segment, prefix = sizes.segment, sizes.prefix
-        first, num_more = sizes.columns - segment, (layout.num_views - 1) * segment
+        segment, first = sizes.segment, sizes.columns - sizes.segment
+        num_more = (layout.num_views - 1) * segment
 
         def put(old: torch.Tensor, axis: int, new: torch.Tensor, skip: int = 0) -> torch.Tensor:
             if num_more and layout.offset is not None:
-                parts = [old.narrow(axis, 0, segment), old.narrow(axis, segment + skip, first - segment + layout.offset)]
-                missing = first + segment + num_more - first - layout.offset - new.shape[axis]
+                parts = [
+                    old.narrow(axis, 0, segment),
+                    old.narrow(axis, segment + skip, first - segment + layout.offset),
+                ]
+                missing = segment + num_more - layout.offset - new.shape[axis]
                 shape = [missing if i == axis else size for i, size in enumerate(new.shape)]
                 return torch.cat([*parts, new, new.new_zeros(shape)] if missing else [*parts, new], axis)
+            columns = first + layout.places
             if num_more:
-                old = without_prefix(old, segment, skip) if skip else old
-                old, columns = F.pad(old, (*[0, 0] * (old.dim() - 1 - axis), 0, num_more)), first + layout.places
+                old = F.pad(without_prefix(old, segment, skip), (*[0, 0] * (old.dim() - 1 - axis), 0, num_more))
             else:
-                old, columns = (old.clone(memory_format=torch.contiguous_format) if needs_copy(old) else old), first + skip + layout.places
+                columns, old = columns + skip, writable(old)
             if len(columns) == 1:
                 return old.index_copy_(axis, columns[0], new)
             if axis == 1:
@@ -137,11 +129,10 @@ class LayerState(NamedTuple):
             heads = torch.arange(old.shape[1], device=columns.device)[:, None]
             return old.index_put_((layout.rows[:, None], heads, columns[:, None]), new)
 
-        return self._replace(
-            keys=put(self.keys, 2, key.transpose(1, 2), prefix),
-            values=put(self.values, 2, value.transpose(1, 2), prefix),
-            scores=put(self.scores, 1, scores),
+        keys, values = (
+            put(old, 2, new.transpose(1, 2), sizes.prefix) for old, new in zip(self[:2], (key, value), strict=True)
         )
+        return self._replace(keys=keys, values=values, scores=put(self.scores, 1, scores))
 
     def observe(self, layout: CallLayout, sizes: StateSizes, query: torch.Tensor) -> "LayerState":
         """The state with the queries (B, T, H, D) of the last L tokens of each view: (B, H, (F + 1) * L, D)."""
@@ -158,16 +149,14 @@ class LayerState(NamedTuple):
             queries = queries.index_put((layout.rows[:, None], heads, columns[:, None]), query)
         return self._replace(queries=queries[:, :, :num_columns].contiguous())
 
-    def close(self, layout: CallLayout, sizes: StateSizes, prefix: tuple[torch.Tensor, torch.Tensor]) -> "LayerState":
-        """The state after a call that has passed segment ends: the window of each row from the segment it has come to.
+    def close(self, layout: CallLayout, sizes: StateSizes, prefix: Sequence[torch.Tensor]) -> "LayerState":
+        """The state after a call that has several views or writes: of the frame, N + 2 segments of each row.
 
         Args:
             layout: Of the call.
             sizes: Of the state.
             prefix: Keys and values (B, G, P, D) of the memory after the call.
         """
-        segment, size = sizes.segment, sizes.columns
-        plain = layout.num_views == 1
 
         def cut(states: torch.Tensor, axis: int, segment: int, size: int) -> torch.Tensor:
             if layout.offset is not None:
@@ -178,30 +167,24 @@ class LayerState(NamedTuple):
             columns = layout.turns[:, None] * segment + torch.arange(size, device=states.device)  # (B, size)
             outside = columns >= states.shape[axis]
             if layout.is_packed:  # what is before the last document of a row
-                num_before = size // segment - 1
-                outside |= columns < (layout.first_views[:, -1:] + num_before) * segment
+                outside |= columns < (layout.first_views[:, -1:] + size // segment - 1) * segment
             shape = [size if i == axis else 1 for i in range(states.dim())]
             shape[0] = len(columns)
             whole = [size if i == axis else length for i, length in enumerate(states.shape)]
             columns = columns.clamp_max(states.shape[axis] - 1).view(shape).expand(whole)
             return states.gather(axis, columns).masked_fill(outside.view(shape), 0)
 
-        both = (without_prefix(states, segment, sizes.prefix) if plain else states for states in self[:2])
-        keys, values = (
-            torch.cat([states[:, :, :segment], new, states[:, :, segment:]], 2)
-            for states, new in zip((cut(states, 2, segment, size) for states in both), prefix, strict=True)
-        )
-        scores, length = cut(self.scores, 1, segment, size).contiguous(), sizes.queries
+        segment, skip = sizes.segment, sizes.prefix if layout.num_views == 1 else 0
+        plain = [cut(without_prefix(states, segment, skip), 2, segment, sizes.columns) for states in self[:2]]
+        keys, values = (join_prefix(*pair, segment) for pair in zip(plain, prefix, strict=True))
+        scores, length = cut(self.scores, 1, segment, sizes.columns).contiguous(), sizes.queries
         queries = cut(self.queries, 2, length, 2 * length).contiguous() if length else self.queries
         return self._replace(keys=keys, values=values, scores=scores, queries=queries)
 
-    def with_prefix(self, segment: int, prefix: tuple[torch.Tensor, torch.Tensor]) -> "LayerState":
+    def with_prefix(self, segment: int, prefix: Sequence[torch.Tensor]) -> "LayerState":
         """The state with other keys and values (B, G, P, D) as its prefix."""
-        end = segment + prefix[0].shape[2]
-        keys, values = (
-            torch.cat([states[:, :, :segment], new, states[:, :, end:]], 2)
-            for states, new in zip(self[:2], prefix, strict=True)
-        )
+        plain = (without_prefix(states, segment, prefix[0].shape[2]) for states in self[:2])
+        keys, values = (join_prefix(*pair, segment) for pair in zip(plain, prefix, strict=True))
         return self._replace(keys=keys, values=values)
 
     def rewind_rows(self, rows: torch.Tensor, sizes: StateSizes) -> "LayerState":
@@ -209,24 +192,18 @@ class LayerState(NamedTuple):
 
         The prefix of these rows is out of date.
         """
-        rows, segment, prefix = rows.to(self.keys.device), sizes.segment, sizes.prefix
+        rows, segment = rows.to(self.keys.device), sizes.segment
 
         def shift(old: torch.Tensor, axis: int, size: int) -> torch.Tensor:
             kept = old.narrow(axis, 0, old.shape[axis] - size)
             return where_rows(rows, torch.cat([torch.zeros_like(old.narrow(axis, 0, size)), kept], axis), old)
 
-        def shift_window(old: torch.Tensor) -> torch.Tensor:
-            plain = shift(without_prefix(old, segment, prefix), 2, segment)
-            return torch.cat([plain[:, :, :segment], old[:, :, segment : segment + prefix], plain[:, :, segment:]], 2)
-
-        return LayerState(
-            shift_window(self.keys),
-            shift_window(self.values),
-            shift(self.scores, 1, segment),
-            shift(self.queries, 2, self.queries.shape[2] // 2),
-            self.memory.replace_rows(rows, self.previous_memory),
-            self.previous_memory,
-        )
+        prefix = [states[:, :, segment : segment + sizes.prefix] for states in self[:2]]
+        plain = [shift(without_prefix(states, segment, sizes.prefix), 2, segment) for states in self[:2]]
+        keys, values = (join_prefix(*pair, segment) for pair in zip(plain, prefix, strict=True))
+        scores, queries = shift(self.scores, 1, segment), shift(self.queries, 2, self.queries.shape[2] // 2)
+        memory = self.memory.replace_rows(rows, self.previous_memory)
+        return LayerState(keys, values, scores, queries, memory, self.previous_memory)
 
     def reset_rows(self, rows: torch.Tensor) -> "LayerState":
         """The state with the rows where `rows`, (B,) bool, is True empty: zeros, and no slot written."""
@@ -241,10 +218,15 @@ def without_prefix(states: torch.Tensor, segment: int, prefix: int) -> torch.Ten
     return torch.cat([states[:, :, :segment], states[:, :, segment + prefix :]], 2) if prefix else states
 
 
-def needs_copy(window: torch.Tensor) -> bool:
-    """Whether a window may not be written in place: a gradient needs it, inference mode made it, or it is no memory."""
-    if window.stride(-1) == 0:
-        return True
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return torch.is_grad_enabled()
-    return window.is_inference() and not torch.is_inference_mode_enabled()
+def join_prefix(states: torch.Tensor, prefix: torch.Tensor, segment: int) -> torch.Tensor:
+    """Keys or values of segments, (B, G, columns, D), with a prefix behind the first one."""
+    return torch.cat([states[:, :, :segment], prefix, states[:, :, segment:]], 2)
+
+
+def writable(window: torch.Tensor) -> torch.Tensor:
+    """The tensor if it may be written in place, else a copy: for a gradient, or of inference mode."""
+    if torch.is_grad_enabled() or window.stride(-1) == 0:
+        return window.clone(memory_format=torch.contiguous_format)
+    if not torch.compiler.is_compiling() and window.is_inference() and not torch.is_inference_mode_enabled():
+        return window.clone()
+    return window

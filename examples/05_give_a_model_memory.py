@@ -1,10 +1,11 @@
 """Gives a pretrained model a memory and teaches it to remember, with the model itself, seeing everything, as teacher.
 
-The model reads through a window of 256 tokens; what leaves it goes to memory. Memory and fusion alone are trained (with
-`--train`, low-rank updates of everything else as well, or everything), on plays of Shakespeare and on codes hidden in
-them, rows growing from 512 to 2,048 tokens; a run goes on where it was stopped. Then it is compared, on plays that were
-held out, with its source and with sliding windows. The default source is SmolLM2-135M, from the package that brings it;
-`--source` takes a folder, or a model on the Hub, of Llama's family.
+The model reads through a window of 256 tokens; what leaves it goes to memory: half of the slots keep what the present
+attends to, and need no training; half keep what a score finds worth keeping, which is learned. Memory alone is trained
+(with `--train`, low-rank updates of everything else as well, or everything), on plays of Shakespeare and on codes
+hidden in them, rows growing from 512 to 2,048 tokens; a run goes on where it was stopped. Then the model is compared,
+on plays that were held out, with its source and with sliding windows. The default source is SmolLM2-135M, from the
+package that brings it; `--source` takes a folder, or a model on the Hub, of Llama's family.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from rmt_hf import RMTForCausalLM
 from rmt_hf.adapters import memory_lora_config
 from rmt_hf.conversion import add_memory, freeze_base
 from rmt_hf.data import shakespeare, tokenize
-from rmt_hf.distillation import DistillationTrainer, parameter_groups, rows_of
+from rmt_hf.distillation import DistillationTrainer, rows_of
 from rmt_hf.facts import read_background
 from rmt_hf.report import write_whole
 from rmt_hf.retrofit_evidence import main as write_evidence
@@ -66,11 +67,10 @@ def choose_trained(model: RMTForCausalLM, which: str) -> torch.nn.Module:
 
 def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> RMTForCausalLM:
     """The converted model after training."""
-    names = ("segment_length", "chunk_length", "num_slots_per_chunk", "num_memory_slots")
+    names = ("segment_length", "chunk_length", "num_slots_per_chunk", "num_memory_slots", "num_lasting_slots")
     teacher = None if args.no_teacher else copy.deepcopy(source) if args.train == "all" else source
-    # Without the local path, nothing but memory is new, and that is empty inside the window: there, what it learns
-    # cannot change the model.
-    model = add_memory(source, use_local_attention=False, **{name: getattr(args, name) for name in names})
+    # Nothing but memory is new, and that is empty inside the window: there, what it learns cannot change the model.
+    model = add_memory(source, **{name: getattr(args, name) for name in names})
     trained = choose_trained(model, args.train)
     arguments = RMTTrainingArguments(
         output_dir=str(args.output_dir / "training"),
@@ -88,9 +88,8 @@ def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> RMTForCaus
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=False,
     )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(trained, args.learning_rate, args.scale_factor), betas=(0.9, 0.98), weight_decay=0.0
-    )
+    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     trainer = DistillationTrainer(
         trained,
         arguments,
@@ -112,16 +111,14 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("reports/memory"))
     parser.add_argument("--segment-length", type=int, default=128)
     parser.add_argument("--chunk-length", type=int, default=128, help="slots are the best tokens of it")
-    parser.add_argument("--num-slots-per-chunk", type=int, default=16)
+    parser.add_argument("--num-slots-per-chunk", type=int, default=128)
     parser.add_argument("--num-memory-slots", type=int, default=256)
+    parser.add_argument("--num-lasting-slots", type=int, default=128, help="of them, those that go by the score")
     parser.add_argument("--stages", nargs="+", default=["512:120", "1024:60", "2048:40"], metavar="TOKENS:ROWS")
     parser.add_argument("--recall-share", type=float, default=0.7, help="rows that ask for a code")
     parser.add_argument("--train", choices=("memory", "lora", "all"), default="memory", help="all wants a lower rate")
     parser.add_argument("--no-teacher", action="store_true", help="learn the text itself instead")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument(
-        "--scale-factor", type=float, default=10.0, help="learning rate of fusion.scale over the others'"
-    )
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
     parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
     parser.add_argument("--warmup-steps", type=int, default=4)

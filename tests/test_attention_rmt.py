@@ -1,4 +1,5 @@
-"""Attention: rotary angles that are right at any position, and no loop over segments."""
+"""Attention: rotary angles that are right at any position, memory as a prefix, no loop over segments, and the same
+through every implementation of attention that transformers knows."""
 
 import itertools
 import math
@@ -8,14 +9,14 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers import DynamicCache, LlamaConfig
+from transformers.integrations import flex_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from rmt_hf import RMTCache, RMTConfig, memory_rmt
-from rmt_hf.attention_rmt import RMTRotaryEmbedding
-from rmt_hf.layers_rmt import rotate
-from rmt_hf.state_rmt import cut_columns
-from tiny import read, tiny_ids, tiny_model
+from rmt_hf.attention_rmt import RMTRMSNorm, RMTRotaryEmbedding, rotate
+from tiny import FORMS, pad_left, read, tiny_ids, tiny_model
 
 
 S = 8  # the segments of the tiny models
@@ -104,29 +105,33 @@ def test_scores_depend_on_the_distance_alone(rope, dtype, tolerance):
 
 
 @every_rope
+@pytest.mark.parametrize("form", ["gated select", "two parts"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-3)])
-def test_a_stream_goes_on_at_position_10_to_the_8_as_it_would_at_the_start(rope, dtype, tolerance):
-    model, ids = tiny_model(dtype=dtype, rope_parameters=dict(ROPES[rope])), tiny_ids(2, 9 * S)
-    shift, lookback = 10**8 // S * S, model.config.num_lookback_segments
+def test_a_stream_goes_on_at_position_10_to_the_8_as_it_would_at_the_start(rope, form, dtype, tolerance):
+    model, ids = tiny_model(dtype=dtype, rope_parameters=dict(ROPES[rope]), **FORMS[form]), tiny_ids(2, 11 * S)
+    shift, before, config = 10**8 // S * S, 6 * S + 3, model.config  # the ring is full, near and far
     with torch.no_grad():
-        _, cache = read(model, ids[:, : 4 * S + 3])
-        first = (4 - lookback - 1) * S  # stream position of window column 0
-        position_ids = first + torch.arange((lookback + 2) * S)[None]
+        _, cache = read(model, ids[:, :before])
+        first = (before // S - config.num_lookback_segments - 1) * S  # stream position of the first column kept
+        position_ids = first + torch.arange(config.window_length + S)[None]
         near, far = (model.model.rotary_emb(position_ids + by, dtype) for by in (0, shift))
         moved = cache.clone()
-        moved.positions = [position + shift for position in cache.positions]
+        moved.positions, moved.is_stale = [position + shift for position in cache.positions], True
         for layer in moved.layers:
-            keys = rotate(rotate(layer.state.keys.transpose(1, 2), near[0], -near[1]), *far)
-            layer.state = layer.state._replace(keys=keys.transpose(1, 2).contiguous())
+            own = [S, config.prefix_length, config.window_length]
+            oldest, prefix, window = layer.state.keys.transpose(1, 2).split(own, 1)
+            plain = rotate(rotate(torch.cat([oldest, window], 1), near[0], -near[1]), *far)
+            keys = torch.cat([plain[:, :S], torch.zeros_like(prefix), plain[:, S:]], 1)
+            memory = layer.state.memory._replace(positions=layer.state.memory.positions + shift)
+            layer.state = layer.state._replace(keys=keys.transpose(1, 2).contiguous(), memory=memory)
         cuts = (1, 2, S, 2 * S + 1)
-        expected, cache = read(model, ids[:, 4 * S + 3 :], cuts, cache)
-        logits, moved = read(model, ids[:, 4 * S + 3 :], cuts, moved)
+        expected, cache = read(model, ids[:, before:], cuts, cache)
+        logits, moved = read(model, ids[:, before:], cuts, moved)
     torch.testing.assert_close(logits, expected, rtol=0, atol=tolerance)
     for got, want in zip(moved.layers, cache.layers, strict=True):
-        for name in ("keys", "values"):
-            torch.testing.assert_close(
-                getattr(got.state.memory, name), getattr(want.state.memory, name), rtol=0, atol=tolerance
-            )
+        assert torch.equal(got.state.memory.positions, want.state.memory.positions + shift)
+        for ours, theirs in zip(got.state.memory[:3], want.state.memory[:3], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 @every_rope
@@ -136,28 +141,102 @@ def test_the_encoding_can_be_undone(rope):
     torch.testing.assert_close(rotate(rotate(states, cos, sin), cos, -sin), states, **CLOSE)
 
 
-FORMS = {
-    "gated select": {},
-    "paper": {"fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
-    "mean": {"memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2, "use_qk_norm": True},
-    "one head": {"num_key_value_heads": 1, "num_memory_slots": 2, "use_local_attention": False},
-    "all heads": {"num_key_value_heads": 4, "num_memory_slots": 0},
-    "sink": {"use_attention_sink": True, "num_memory_slots": 2},
-}
-every_form = pytest.mark.parametrize("form", FORMS)
+# Law 10, memory is a prefix: a Llama layer that is given sink, slots and window as plain keys and values.
 
 
-@pytest.mark.parametrize("is_transposed", [False, True])
-@pytest.mark.parametrize("first", [-4, -1, 0, 2, 3, 6])
-def test_columns_are_cut_out_with_zeros_where_there_are_none(first, is_transposed):
-    states = torch.randn(2, 7, 3, 4).transpose(1, 2) if is_transposed else torch.randn(2, 7, 4)
-    found = cut_columns(states, first, 5)
-    for column in range(5):
-        there = 0 <= first + column < 7
-        wanted = states[..., first + column, :] if there else torch.zeros_like(states[..., 0, :])
-        assert torch.equal(found[..., column, :], wanted)
-    assert found.shape[-2] == 5 and found.is_contiguous()
-    assert found.untyped_storage().nbytes() == found.nbytes  # it does not keep the frame alive
+def llama_attention(attention) -> LlamaAttention:
+    """A Llama layer's attention with the same weights."""
+    config = attention.config
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    fields = {name: getattr(config, name) for name in names}
+    fields["attn_implementation"] = "sdpa"  # of which the softmax is not in float32
+    llama = LlamaAttention(LlamaConfig(**fields), layer_idx=0).double().eval()
+    own = attention.state_dict()
+    llama.load_state_dict({name: own[name] for name in llama.state_dict()})
+    return llama
+
+
+def llama_angles(model, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine (1, T, D) as Llama wants them, of the frequencies that it has, in float64."""
+    inv_freq = LlamaRotaryEmbedding(LlamaConfig(head_dim=model.config.head_dim)).inv_freq.double()
+    angles = (positions[:, None] * inv_freq).repeat(1, 2)[None]
+    return angles.cos(), angles.sin()
+
+
+def turn(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary encoding of (B, heads, T, D) as Llama has it."""
+    first, second = states.chunk(2, -1)
+    return states * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
+def read_by_llama(model, memory, hidden_states: torch.Tensor, start: int, first: int) -> torch.Tensor:
+    """What a Llama layer's attention makes of tokens from `start` on, whose window begins at `first`.
+
+    Args:
+        memory: Slots (B, M, G, D) that have been written so far.
+        hidden_states: (B, T, E) of all tokens from the beginning of the stream.
+    """
+    attention = model.model.layers[0].self_attn
+    llama, sink = llama_attention(attention), attention.sink
+    written = memory.positions[0, :, 0] >= 0
+    keys, values, _, positions = (tensor[:, written].transpose(1, 2) for tensor in memory)  # (B, G, m, ...)
+    order = positions.argsort(dim=2, stable=True)[..., None].expand(keys.shape)
+    keys, values = keys.gather(2, order), values.gather(2, order)
+    if sink is not None:
+        shape = (len(keys), keys.shape[1], 1, keys.shape[3])
+        keys = torch.cat([sink.key[:, None].expand(shape), keys], 2)
+        values = torch.cat([sink.value[:, None].expand(shape), values], 2)
+    num_before = keys.shape[2]  # slot j of m stands at first - m + j, the sink before them
+    keys = turn(keys, *llama_angles(model, torch.arange(first - num_before, first)))
+    known = hidden_states[:, first:start]
+    states = (proj(known).unflatten(-1, (-1, model.config.head_dim)) for proj in (llama.k_proj, llama.v_proj))
+    own_keys, own_values = (each.transpose(1, 2) for each in states)
+    own_keys = turn(own_keys, *llama_angles(model, torch.arange(first, start)))
+    cache = DynamicCache()
+    cache.update(torch.cat([keys, own_keys], 2), torch.cat([values, own_values], 2), 0)
+    length, past = hidden_states.shape[1] - start, num_before + start - first
+    mask = torch.full((length, past + length), -torch.inf, dtype=torch.float64).triu(past + 1)[None, None]
+    angles = llama_angles(model, torch.arange(start, start + length))
+    return llama(hidden_states[:, start:], position_embeddings=angles, attention_mask=mask, past_key_values=cache)[0]
+
+
+@pytest.mark.parametrize("lookback", [0, 1, 2])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"num_lasting_slots": 4, "use_attention_sink": True},
+        {"num_lasting_slots": 0, "num_key_value_heads": 1},
+        {"num_memory_slots": 2, "memory_write": "mean", "use_attention_sink": True, "num_key_value_heads": 4},
+    ],
+    ids=["one ring", "two parts", "present", "mean"],
+)
+@torch.no_grad()
+def test_memory_is_a_prefix_of_the_window(fields, lookback):
+    """Segment after segment of a stream, while the ring fills and after it is full; in one call, and token by token."""
+    fields = {"num_hidden_layers": 1, "use_local_attention": False, "num_lookback_segments": lookback} | fields
+    model, ids, seen = tiny_model(**fields), tiny_ids(2, 9 * S + 5), []
+    attention = model.model.layers[0].self_attn
+    hook = attention.register_forward_hook(lambda module, args, output: seen.append((args[0], output[0])))
+    outputs = []
+    for cuts in ((), (1,) * (ids.shape[1] - 1), (S + 3, 2 * S, 1, S)):
+        seen.clear()
+        read(model, ids, cuts)
+        hidden_states, output = (torch.cat(parts, 1) for parts in zip(*seen, strict=True))
+        outputs.append(output)
+    hook.remove()
+    for segment in range(lookback + 1, 10):
+        start = segment * S
+        _, cache = read(model, ids[:, :start])
+        memory = cache.layers[0].state.memory
+        num_written = int((memory.positions[0, :, 0] >= 0).sum())
+        assert num_written == min(model.config.num_memory_slots, num_written) > 0
+        columns = slice(start, start + S)
+        first = start - lookback * S
+        wanted = read_by_llama(model, memory, hidden_states[:, : start + S], start, first)
+        for output in outputs:
+            torch.testing.assert_close(output[:, columns], wanted, **CLOSE)
+    assert num_written == model.config.num_memory_slots  # it was full in the end
 
 
 # No loop over segments: the whole of a call is a fixed number of operations, however long it is.
@@ -175,25 +254,42 @@ class CountOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def operations_of(model, num_segments: int, before: int, with_gradients: bool) -> Counter:
+    """What a call of whole segments executes, after others have been read."""
+    cache = RMTCache(model.config)
+    with torch.set_grad_enabled(with_gradients):
+        if before:
+            read(model, tiny_ids(2, before), cache=cache)
+        with CountOperations() as operations:
+            logits = model(tiny_ids(2, num_segments * S), past_key_values=cache).logits
+            if with_gradients:
+                torch.autograd.grad(logits.sum(), list(model.parameters()))
+    return operations.counts
+
+
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
 @every_form
 @pytest.mark.parametrize("before", [0, 5, 3 * S + 5])
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_the_number_of_operations_does_not_depend_on_the_number_of_segments(form, before, with_gradients):
-    # A ring that does not turn: see the next test. Eight segments are more windows than rows; fewer take fewer calls.
-    model = tiny_model(**{**FORMS[form], "num_memory_slots": 0 if form == "all heads" else 50 * 4})
-    counts = []
-    for num_segments in (8, 8, 40):  # the first one makes the masks that are kept
-        cache = RMTCache(model.config)
-        with torch.set_grad_enabled(with_gradients):
-            if before:
-                read(model, tiny_ids(2, before), cache=cache)
-            with CountOperations() as operations:
-                logits = model(tiny_ids(2, num_segments * S), past_key_values=cache).logits
-                if with_gradients:
-                    torch.autograd.grad(logits.sum(), list(model.parameters()))
-        counts.append(operations.counts)
-    assert counts[1] == counts[2]
-    assert counts[1]["aten.addmm.default"] + counts[1]["aten.mm.default"] > 10
+def test_only_a_turn_of_the_ring_costs_more_operations(form, before, with_gradients):
+    """A longer call executes what a shorter one does, and once more what a ring does when it meets its groups again."""
+    costs = []
+    for factor in (1, 2):  # rings of twice as many groups turn half as often
+        fields = {"num_memory_slots": 8} | FORMS[form]
+        fields |= {name: factor * fields[name] for name in ("num_memory_slots", "num_lasting_slots") if fields.get(name)}
+        model = tiny_model(**fields)
+        sizes = {size // model.config.num_slots_per_segment for size, *_ in model.config.memory_parts} or {1}
+        period = math.lcm(*sizes)  # segments after which every ring has turned
+        # The first call makes what is kept, and the ring is full.
+        counts = [operations_of(model, 12 * factor + n * period, before, with_gradients) for n in (0, 0, 1, 2, 3)]
+        steps = [later - earlier for earlier, later in itertools.pairwise(counts[1:])]
+        assert steps[0] == steps[1] == steps[2] and not any(e - l for e, l in itertools.pairwise(counts[1:]))
+        costs.append((steps[0].total(), sum(period // size for size in sizes)))
+    (once, turns), (twice, other_turns) = costs
+    assert once * other_turns == twice * turns
+    assert (once == 0) == (form == "no memory")
 
 
 def test_each_turn_of_the_ring_costs_one_more_round(monkeypatch):
@@ -202,7 +298,7 @@ def test_each_turn_of_the_ring_costs_one_more_round(monkeypatch):
     for turns in (1, 2, 3, 4):
         calls.clear()
         with torch.no_grad(), CountOperations() as operations:
-            model(tiny_ids(1, (1 + 4 * turns) * S), use_cache=True)
+            model(tiny_ids(1, 4 * turns * S), use_cache=True)
         totals.append(operations.counts.total())
         assert len(calls) == turns * model.config.num_hidden_layers
     assert len({later - earlier for earlier, later in itertools.pairwise(totals)}) == 1

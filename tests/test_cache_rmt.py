@@ -477,8 +477,9 @@ def test_bytes_do_not_depend_on_the_length_of_the_stream(form, dtype):
     columns = (config.num_lookback_segments + 2) * S
     per_row = (columns + config.prefix_length) * 2 * heads * width * item + columns * heads * wide * uses_score
     per_row += 2 * config.num_observing_tokens * config.num_attention_heads * width * item * uses_evidence
-    # Memory before and after the last write: key, value, strength and position of each slot.
-    per_row += 2 * slots * heads * (2 * width * item + wide + 8)
+    # Key, value, strength and position of each slot, and of those that the last write has met, for a rewind.
+    slots += config.num_slots_per_segment * len(config.memory_parts)
+    per_row += slots * heads * (2 * width * item + wide + 8)
     cache = RMTCache(config)
     assert cache.nbytes == 0
     with torch.no_grad():

@@ -23,6 +23,10 @@ RUNS: dict[str, dict] = {
     "lanes": {"bptt_segments": 1, "gradient_accumulation_steps": 2},
     "streaming": {"streaming": True},
     "groups and schedule": {"checkpoint_segments": 1, "bptt_segments": 2, "schedule": [[0, S, 0], [2, 2 * S, 2]]},
+    # Every parameter is in the graph of every step, also where no memory is written or read.
+    "no unused parameters": {"bptt_segments": 1, "ddp_find_unused_parameters": False},
+    "one graph": {"bptt_segments": 1, "ddp_static_graph": True, "ddp_find_unused_parameters": False},
+    "short plain rows": {"stream_length": None, "ddp_find_unused_parameters": False},
 }
 
 
@@ -35,6 +39,8 @@ def train(folder: Path, name: str, resume: bool = False) -> list[float]:
     rows, arguments["ddp_backend"] = LANES // num_processes, "gloo" if num_processes > 1 else None
     sizes = {"per_device_train_batch_size": rows, "per_device_eval_batch_size": rows}
     data = Dataset.from_dict({"input_ids": [tiny_ids(1, n, seed=n)[0].tolist() for n in (50, 31, 7, 16, 40, 9, 70)]})
+    if arguments["stream_length"] is None:
+        data = Dataset.from_dict(dict.fromkeys(("input_ids", "labels"), tiny_ids(16, 5).tolist()))
     run = RMTTrainer(
         tiny_model(),
         RMTTrainingArguments(str(folder), **arguments, **sizes),
@@ -61,7 +67,8 @@ def test_two_processes_train_as_one(name: str, of_two: tuple[Path, dict], tmp_pa
     assert results[name]["whole"] == pytest.approx(train(tmp_path, name), rel=1e-5)
     assert results[name]["resumed"] == results[name]["whole"]
     saved = folder / name / "checkpoint-4"
-    assert (saved / "lanes-0").is_dir() and (saved / "lanes-1").is_dir()
+    for process in (0, 1):
+        assert (saved / f"lanes-{process}").is_dir() == (RUNS[name].get("stream_length", S) is not None)
     one, two = (AutoModelForCausalLM.from_pretrained(path) for path in (tmp_path / "checkpoint-4", saved))
     for key, tensor in one.state_dict().items():
         torch.testing.assert_close(tensor, two.state_dict()[key], rtol=0, atol=1e-5)

@@ -25,6 +25,7 @@ from two_processes import ACCELERATE, run_in_two
 FORMS: dict[str, dict] = {
     "default": {"use_qk_norm": True, "use_attention_sink": True},
     "chunked loss": {"use_chunked_loss": True},
+    "two parts": {"num_lasting_slots": 4, "use_local_attention": False},
     "paper": {"fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
     "mean, tied, biases": {
         **{"memory_write": "mean", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},

@@ -94,12 +94,10 @@ def assert_state(form: str, cache: RMTCache, rows: list[Row]) -> None:
             got += [ours.scores[row, live], *(tensor[row] for tensor in ours.memory)]
             want = [*theirs.rotated_keys[start:], *theirs.values[start:], *theirs.scores[start:]]
             want += stream.memory(index)
-            num_asked = ours.queries.shape[2] // 2  # of the segment, its last tokens
-            for back, known in ((1, S), (0, offset)):
-                asked = range(S - num_asked, known) if segment >= back else []
-                columns = [(1 - back) * num_asked + place - S + num_asked for place in asked]
-                got.append(ours.queries[row, :, columns].transpose(0, 1))
-                want += [theirs.rotated_queries[(segment - back) * S + place] for place in asked]
+            length = ours.queries.shape[2] // 2  # of the last tokens of the segment before, and then of this one
+            asking = max(0, offset - S + length)
+            got.append(ours.queries[row, :, length : length + asking].transpose(0, 1))
+            want += theirs.rotated_queries[stream.position - asking :] if asking else []
             if not cache.is_stale:
                 for states, expected in zip(ours[:2], stream.prefix(index, start), strict=True):
                     got.append(states[row, :, before - len(expected) : before].transpose(0, 1))

@@ -328,7 +328,14 @@ BAD = {
     "smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not work in stream mode"),
     "out of order": ({"dataloader_in_order": False}, "dataloader_in_order does not work in stream mode"),
     "no labels": ({"label_names": ["start_positions"]}, "label_names does not work in stream mode"),
-    "one graph": ({"ddp_static_graph": True}, "ddp_static_graph does not work in stream mode"),
+    "one graph": (
+        {"ddp_static_graph": True, "gradient_accumulation_steps": 2},
+        "ddp_static_graph does not work in stream mode",
+    ),
+    "one graph for parts": (
+        {"ddp_static_graph": True, "stream_length": 2 * S, "callbacks": [StreamSchedule([(0, S, 0)])]},
+        "ddp_static_graph wants one backward pass in every step, got a StreamSchedule with a stage of 8 of 16 columns",
+    ),
     "in the middle of a step": ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint does not work in stream mode"),
     "kernels of others": (
         {"stream_length": None, "use_liger_kernel": True},

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout, ViewGroup
 from .memory_rmt import RMTMemory, Segments, Slots, at_least_float32, attention_evidence, own_heads, zero_of
-from .state_rmt import LayerState, StateSizes
+from .state_rmt import LayerState, StateSizes, oldest_groups
 
 
 class RMTRMSNorm(nn.Module):
@@ -287,7 +287,8 @@ class RMTAttention(nn.Module):
         window, weights = self.read(query, frame, prefix, layout, tables.mask, columns)
         local = self.attend_to_chunk(query, frame, layout, tables.chunk_mask) if self.use_local_attention else None
         own = self.read(query, frame, prefix, layout, tables.mask, (0, split))[0] if split else None
-        output = self.o_proj(self.fusion(hidden_states, window, local, own).flatten(2))
+        attended = self.fusion(hidden_states, window, local, own).flatten(2)
+        output = self.o_proj(attended.contiguous())  # sharded weights want it so
         if torch.is_grad_enabled():
             output = output + self.anchor(scores, frame).to(output.dtype)
         return output, weights, self.state_after(frame, stages, layout, tables) if keep_state else None
@@ -449,5 +450,5 @@ class RMTAttention(nn.Module):
         if tables.after is not None:
             prefix = [states[:, 0] for states in self.prefix(memory, tables.after)]
         memory, before = (slots.map(lambda tensor: tensor[:, 0]) for slots in (memory, before))
-        before = frame.previous_memory.replace_rows(turns[:, 0] > 0, before)
-        return frame.close(layout, self.sizes, prefix)._replace(memory=memory, previous_memory=before)
+        replaced = frame.replaced.replace_rows(turns[:, 0] > 0, oldest_groups(before, self.sizes))
+        return frame.close(layout, self.sizes, prefix)._replace(memory=memory, replaced=replaced)

@@ -57,8 +57,15 @@ class RMTCache(Cache):
     Source: sections 2 and 3 of docs/design.md; the paper says only that memory persists across segments.
     """
 
+    layers: list[RMTCacheLayer]  # type: ignore[assignment]  # all are of our kind
+    positions: list[int]  # of each row: real tokens read
+    forgotten: list[int]  # of each row: writes that its memory does not hold since `edit_memory`
+    num_columns: int  # read, padding included
+    num_croppable_columns: int
+    recent_is_real: torch.Tensor | None  # (B, S) bool of the last S columns, for `crop`
+    is_stale: bool  # whether a memory has been changed, of which the prefix is to be made again
+
     def __init__(self, config: RMTConfig) -> None:
-        self.layers: list[RMTCacheLayer]  # type: ignore[assignment]  # all are of our kind
         super().__init__(layers=[RMTCacheLayer() for _ in range(config.num_hidden_layers)])
         self.fingerprint, self.sizes = state_fingerprint(config), StateSizes.of(config)
         self.ring_sizes = [size for size, *_ in config.memory_parts] or [0]
@@ -145,9 +152,7 @@ class RMTCache(Cache):
         """
         columns, recent, segment = -int(tokens_to_remove), self.recent_is_real, self.sizes.segment
         if columns < 0:
-            raise ValueError(
-                f"tokens_to_remove must be 0 or below, got {tokens_to_remove}: crop(-n) removes n columns."
-            )
+            raise ValueError(f"tokens_to_remove must be 0 or below, got {tokens_to_remove}: crop(-n) takes n back.")
         if columns > self.num_croppable_columns:
             raise RuntimeError(
                 f"RMTCache.crop({-columns}): {self.num_croppable_columns} columns can be taken back now, and never "
@@ -184,7 +189,7 @@ class RMTCache(Cache):
                 Slots without a position (-1) are not seen. A row must look like one that has written some number of
                 segments: the youngest groups of each ring are full, equally many in all heads and layers.
         """
-        self._change_states(lambda state: state._replace(memory=edit(state[4]), previous_memory=edit(state[5])))
+        self._change_states(lambda state: state.edit_memory(edit, self.sizes))
         self.is_stale = True
         self._count_writes()
 
@@ -201,11 +206,8 @@ class RMTCache(Cache):
     def reset(self, rows: torch.Tensor | None = None) -> None:
         """Forgets the rows `rows`, (B,) bool, as if their streams had never begun; all, and the batch size, if None."""
         if rows is None:
-            self.positions: list[int] = []
-            self.forgotten: list[int] = []  # of each row: writes that its memory does not hold since `edit_memory`
+            self.positions, self.forgotten, self.recent_is_real, self.is_stale = [], [], None, False
             self.num_columns = self.num_croppable_columns = 0
-            self.recent_is_real: torch.Tensor | None = None  # (B, S) bool of the last S columns, for `crop`
-            self.is_stale = False  # whether a memory has been changed, of which the prefix is to be made again
             for layer in self.layers:
                 layer.state = None
             return
@@ -218,16 +220,14 @@ class RMTCache(Cache):
         if self.recent_is_real is not None:
             self.recent_is_real = self.recent_is_real & ~rows.to(self.recent_is_real.device)[:, None]
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Puts row `beam_idx[i]` in place of row i, as beam search asks."""
-        self.batch_select_indices(beam_idx)
-
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices`, (B',) int64 or (B,) bool, in this order; a row may be named more than once."""
         indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
         for name in ("positions", "forgotten"):
             setattr(self, name, [getattr(self, name)[row] for row in indices.tolist()])
         self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+    reorder_cache = batch_select_indices  # as beam search calls it
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times, copies next to each other."""
@@ -275,9 +275,7 @@ class RMTCache(Cache):
         missing = "layers, got those of one stage of a pipeline" if None in states else ""
         missing = missing or f"{wanted} heads, got {min(found)}, the heads of one process" * (found != {wanted})
         if missing:
-            raise ValueError(
-                f"A saved state must have all {missing}: read the text with a model that is not shared out."
-            )
+            raise ValueError(f"A saved state must have all {missing}: let one process with all of them read the text.")
         record = {name: getattr(self, name) for name in CLOCK} | {"dtype": str(self.state_dtype)}
         write_state(directory, record, dict(zip(tensor_names(len(states)), self.tensors(), strict=True)))
 
@@ -291,10 +289,9 @@ class RMTCache(Cache):
             model: The model that goes on; the state comes to its device, and to its dtype as it is read.
             hub: `revision`, `token` and what else `transformers.utils.cached_file` takes.
         """
-        cache = cls(cast(RMTConfig, model.config))
-        record, (*tensors, cache.recent_is_real) = read_state(
-            directory, cast(RMTConfig, model.config), model.device, **hub
-        )
+        config = cast(RMTConfig, model.config)
+        cache = cls(config)
+        record, (*tensors, cache.recent_is_real) = read_state(directory, config, model.device, **hub)
         size = len(tensors) // len(cache.layers)
         for index, layer in enumerate(cache.layers):
             layer.state = LayerState.from_tensors(tensors[index * size : (index + 1) * size])
@@ -335,10 +332,8 @@ class RMTCache(Cache):
 def check_cache_type(cache: object) -> None:
     """Refuses caches of other models; by what it has, as the class from a Hub folder is not that of the package."""
     if not hasattr(cache, "fingerprint"):
-        raise TypeError(
-            f"past_key_values must be an RMTCache, got {type(cache).__name__}: pass RMTCache(model.config), or "
-            "use_cache=True and the state that the first call returns. (Prefix tuning brings its own: it cannot work.)"
-        )
+        rule = f"past_key_values must be an RMTCache, got {type(cache).__name__}: pass RMTCache(model.config), or none"
+        raise TypeError(f"{rule} and use_cache=True. (Prefix tuning brings a cache of its own: it cannot work.)")
 
 
 def stream_starts(cache: RMTCache | None, config: RMTConfig, batch_size: int) -> list[int]:
@@ -362,10 +357,8 @@ def real_columns(
     shapes = {(batch_size, num_columns), (batch_size, past + num_columns)}
     got = tuple(attention_mask.shape) if torch.is_tensor(attention_mask) else type(attention_mask).__name__
     if got not in shapes:
-        wanted = " or ".join(map(str, sorted(shapes)))
-        raise ValueError(
-            f"attention_mask must be a tensor of shape {wanted}, 1 at real tokens and 0 at padding; got {got}."
-        )
+        rule = f"attention_mask must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}"
+        raise ValueError(f"{rule}, 1 at real tokens and 0 at padding; got {got}.")
     is_real = attention_mask[:, -num_columns:] != 0
     return None if is_real.all() else is_real
 

@@ -22,47 +22,7 @@ ROPE_TYPES = {  # and the numbers that each asks for besides rope_theta
 
 @strict
 class RMTConfig(PreTrainedConfig):
-    """Configuration of a recurrent memory-augmented transformer. Fields without a default are optional.
-
-    Args:
-        vocab_size (`int`, 32000): Number of token ids; at least 1.
-        hidden_size (`int`, 768): Width of the residual stream; at least 1.
-        intermediate_size (`int`, 2048): Width inside the MLP; at least 1.
-        num_hidden_layers (`int`, 12): Number of decoder layers; at least 1.
-        num_attention_heads (`int`, 12): Number of query heads; a multiple of `num_key_value_heads`.
-        num_key_value_heads (`int`): Heads of keys, values and memory; by default `num_attention_heads`.
-        head_dim (`int`): Width of a head, even; by default `hidden_size // num_attention_heads`, without a rest.
-        hidden_act (`str`, `"silu"`): Activation of the MLP; a name known to transformers.
-        rms_norm_eps (`float`, 1e-6): Added to the variance in every norm; above 0.
-        initializer_range (`float`, 0.02): Standard deviation of initial weights; at least 0.
-        max_position_embeddings (`int`, 2^30): For tools that ask; it limits nothing.
-        rope_parameters (`dict`): `rope_type` ("default", "linear", "llama3"), `rope_theta` and what the type asks for.
-        attention_bias (`bool`, `False`): Whether the q, k, v and o projections have a bias.
-        attention_dropout (`float`, 0.0): Dropout on attention weights in training; at least 0, below 1.
-        mlp_bias (`bool`, `False`): Whether the MLP projections have a bias.
-        tie_word_embeddings (`bool`, `False`): Whether `lm_head` shares the weight of `embed_tokens`.
-        use_cache (`bool`, `True`): Whether the forward pass returns the state by default.
-        pad_token_id (`int`): Id used for padding; below `vocab_size`.
-        bos_token_id (`int`, 1): Id that begins a document; below `vocab_size`.
-        eos_token_id (`int` or `list`, 2): Id, or ids, that end a document; below `vocab_size`.
-        chunk_length (`int`, 64): Tokens that local attention sees, condensed together; at least 1.
-        segment_length (`int`, 256): Tokens between two memory writes; a multiple of `chunk_length`.
-        num_lookback_segments (`int`, 1): Full segments before the current one that stay in the window; at least 0.
-        num_memory_slots (`int`, 64): Slots of a head; 0 for no memory, else a multiple of `num_slots_per_segment`.
-        num_lasting_slots (`int`): Slots of the ring that keeps tokens by their learned score; the others keep what the
-            present attends to. None for one ring by the sum of both. A multiple of `num_slots_per_segment`.
-        num_observing_tokens (`int`, 16): Last tokens before a write, whose attention to the leaving segment is the
-            evidence of its tokens; 1 to `segment_length`.
-        num_slots_per_chunk (`int`, 1): Candidates that a chunk gives; 1 to `chunk_length`, a divisor of it for "mean".
-        memory_write (`str`, `"select"`): A chunk gives its strongest tokens, or, with `"mean"`, averages.
-        fusion_type (`str`, `"gated"`): Memory and window are read in one softmax, and the local path is added through
-            a gate; or, with `"softmax"`, all three have their own softmax and are weighted by three scalars.
-        use_local_attention (`bool`, `True`): Whether the chunked local path exists.
-        use_attention_sink (`bool`, `False`): Whether each key/value head has a key and a value that stand before memory
-            once the beginning of the stream has left the window, as a converted model wants it.
-        use_qk_norm (`bool`, `True`): Whether queries and keys are normalised per head before the rotary encoding.
-        use_chunked_loss (`bool`, `False`): Whether the loss comes without logits that exist all at once, of which
-            outputs then have none. Needs torch 2.13.
+    """Configuration of a recurrent memory-augmented transformer; each field has its meaning and its rule beside it.
 
     Raises:
         ValueError: If a value breaks its rule; the message names the field, the value, the rule and a remedy.
@@ -72,7 +32,7 @@ class RMTConfig(PreTrainedConfig):
     """
 
     model_type = "rmt"
-    auto_map = {}
+    auto_map = {}  # type: ignore[var-annotated]  # an annotation would make it a field
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_pp_plan = {
         "embed_tokens": (["input_ids"], ["inputs_embeds"]),
@@ -80,39 +40,39 @@ class RMTConfig(PreTrainedConfig):
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
-    vocab_size: int = 32000
-    hidden_size: int = 768
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    rms_norm_eps: float = 1e-6
-    initializer_range: float | int = 0.02
-    max_position_embeddings: int = 2**30
-    rope_parameters: RopeParameters | dict | None = None
-    attention_bias: bool = False
-    attention_dropout: float | int = 0.0
-    mlp_bias: bool = False
-    tie_word_embeddings: bool = False
-    use_cache: bool = True
-    pad_token_id: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 2
-    chunk_length: int = 64
-    segment_length: int = 256
-    num_lookback_segments: int = 1
-    num_memory_slots: int = 64
-    num_lasting_slots: int | None = None
-    num_observing_tokens: int = 16
-    num_slots_per_chunk: int = 1
-    memory_write: str = "select"
-    fusion_type: str = "gated"
-    use_local_attention: bool = True
-    use_attention_sink: bool = False
-    use_qk_norm: bool = True
-    use_chunked_loss: bool = False
+    vocab_size: int = 32000  # number of token ids; at least 1, as the sizes and numbers up to head_dim
+    hidden_size: int = 768  # width of the residual stream
+    intermediate_size: int = 2048  # width inside the MLP
+    num_hidden_layers: int = 12  # decoder layers
+    num_attention_heads: int = 12  # query heads; a multiple of num_key_value_heads
+    num_key_value_heads: int | None = None  # heads of keys, values and memory; None for num_attention_heads
+    head_dim: int | None = None  # even; None for hidden_size / num_attention_heads, which must divide then
+    hidden_act: str = "silu"  # activation of the MLP; a name known to transformers
+    rms_norm_eps: float = 1e-6  # added to the variance in every norm; above 0
+    initializer_range: float | int = 0.02  # standard deviation of initial weights; at least 0
+    max_position_embeddings: int = 2**30  # for tools that ask; it limits nothing
+    rope_parameters: RopeParameters | dict | None = None  # rope_type, rope_theta, and what the type asks for
+    attention_bias: bool = False  # whether the q, k, v and o projections have a bias
+    attention_dropout: float | int = 0.0  # on attention weights in training; at least 0, below 1
+    mlp_bias: bool = False  # whether the MLP projections have a bias
+    tie_word_embeddings: bool = False  # whether lm_head shares the weight of embed_tokens
+    use_cache: bool = True  # whether the forward pass returns the state by default
+    pad_token_id: int | None = None  # of padding; below vocab_size
+    bos_token_id: int | None = 1  # begins a document; below vocab_size
+    eos_token_id: int | list[int] | None = 2  # end a document; below vocab_size
+    chunk_length: int = 64  # tokens that local attention sees, condensed together; at least 1
+    segment_length: int = 256  # tokens between two memory writes; a multiple of chunk_length
+    num_lookback_segments: int = 1  # full segments before the current one that stay in the window; at least 0
+    num_memory_slots: int = 64  # per layer and key/value head; 0 or a multiple of num_slots_per_segment
+    num_lasting_slots: int | None = None  # that keep by the learned score, others by evidence; None: one ring, both
+    num_observing_tokens: int = 16  # last before a write, whose attention is the evidence; 1 to segment_length
+    num_slots_per_chunk: int = 1  # candidates of a chunk, 1 to chunk_length; with "mean" a divisor of it
+    memory_write: str = "select"  # a chunk gives its strongest tokens; "mean": averages
+    fusion_type: str = "gated"  # memory and window in one softmax, local path gated; "softmax": three of them
+    use_local_attention: bool = True  # whether the chunked local path exists
+    use_attention_sink: bool = False  # a learned key and value before memory, as a converted model wants
+    use_qk_norm: bool = True  # whether queries and keys are normalised per head before the rotary encoding
+    use_chunked_loss: bool = False  # no logits with a loss, for which they never exist all at once; torch 2.13
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
@@ -177,10 +137,10 @@ class RMTConfig(PreTrainedConfig):
         names = dict.fromkeys(("mlp.down_proj", "self_attn.o_proj"), "rowwise")
         by_head = ["q_proj", "k_proj", "v_proj", *(["sink.key", "sink.value"] if self.use_attention_sink else [])]
         whole = ["q_norm", "k_norm"] if self.use_qk_norm else []
-        for index, (_, uses_score, uses_evidence) in enumerate(self.memory_parts):
+        for _, uses_score, uses_evidence in self.memory_parts:
             ring = ["gate_weight", "gate_scale", "gate_bias", "fade"]
             ring += ["evidence_scale"] if uses_score and uses_evidence else []
-            by_head += [f"memory.rings.{index}.{name}" for name in ring] + ["memory.score_proj"] * uses_score
+            by_head += [f"memory.rings.*.{name}" for name in ring] + ["memory.score_proj"] * uses_score
         if self.fusion_type == "softmax" and (self.prefix_length or self.use_local_attention):
             whole += ["fusion"]
         elif self.fusion_type == "gated" and self.use_local_attention:

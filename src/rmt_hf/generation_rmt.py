@@ -22,13 +22,9 @@ class RMTGeneration:
     ) -> None:
         """Gives `generate` an RMTCache where it would make a cache that grows."""
         if generation_config.assistant_early_exit is not None:
-            raise ValueError(
-                "assistant_early_exit: a state has all layers. Give assistant_model or prompt_lookup_num_tokens instead."
-            )
+            raise ValueError("assistant_early_exit: a state has all layers. Give a smaller assistant_model instead.")
         if (name := generation_config.cache_implementation) not in (None, "dynamic"):
-            raise ValueError(
-                f"cache_implementation={name!r} cannot be: a state is of constant size anyway, leave it out."
-            )
+            raise ValueError(f"cache_implementation={name!r}: a state is of constant size anyway, leave it out.")
         given = model_kwargs.get("past_key_values")
         if given is not None:
             check_cache_type(given)
@@ -73,10 +69,7 @@ class RMTGeneration:
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuses what pages keys and values of any number of tokens, of which a state of constant size has none."""
-        raise ValueError(
-            "This model has no continuous batching (generate_batch): give generate a left-padded batch, or put batches "
-            "together with RMTCache.stack and split."
-        )
+        raise ValueError("This model has no continuous batching (generate_batch): give generate a left-padded batch.")
 
     def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict, **kwargs: Any) -> Any:
         """Lets `generate` go on from a state with new tokens alone; more ids than it has read begin where it began."""

@@ -109,10 +109,9 @@ class RMTPreTrainedModel(PreTrainedModel):
         if config.key_value_shape[0] % tp_size:
             rule = f"tp_size must divide num_key_value_heads ({config.num_key_value_heads}), got {tp_size}"
             raise ValueError(f"{rule}: memory belongs to a head. Use fewer processes, or fsdp_size.")
-        if pp_size > (layers := config.num_hidden_layers):
-            raise ValueError(
-                f"pp_size must be at most num_hidden_layers ({layers}), got {pp_size}: use fewer processes."
-            )
+        if pp_size > config.num_hidden_layers:
+            rule = f"pp_size must be at most num_hidden_layers ({config.num_hidden_layers}), got {pp_size}"
+            raise ValueError(f"{rule}: every stage of a pipeline needs a layer. Use fewer processes.")
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     @staticmethod
@@ -146,9 +145,9 @@ class RMTPreTrainedModel(PreTrainedModel):
         check_ids(input_ids, self.config.vocab_size)
         cache = RMTCache(self.config) if past_key_values is None else past_key_values
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            wanted, got = tuple(input_ids.shape), tuple(attention_mask.shape)
+            rule = f"attention_mask must have the shape of input_ids, {tuple(input_ids.shape)}"
             raise ValueError(
-                f"attention_mask must have the shape of input_ids, {wanted}, got {got}: it is of these alone."
+                f"{rule}, got {tuple(attention_mask.shape)}: columns read before are not named again here."
             )
         (num_rows, num_columns), segment = input_ids.shape, self.config.segment_length
         size = max(1, MEMORIZE_TOKENS // num_rows // segment) * segment
@@ -299,8 +298,7 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
 
         Returns:
             `logits` (B, T, V), `loss`, `past_key_values`, and what `output_hidden_states`, `output_attentions` ask for.
-            With labels and `config.use_chunked_loss`, `logits` is None, unless an adapter has taken the place of the
-            vocabulary projection, or processes share it out.
+            With labels and `config.use_chunked_loss` no logits, unless an adapter or processes hold the projection.
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
         is_plain = type(self.lm_head) is nn.Linear and not hasattr(self.lm_head.weight, "device_mesh")
@@ -308,7 +306,11 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
         if in_chunks and not hasattr(F, "linear_cross_entropy"):
             version = f"torch 2.13 or newer, got {torch.__version__}"
             raise RuntimeError(f"use_chunked_loss=True needs {version}: set it to False, or install a newer torch.")
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         outputs = self.model(**inputs, **kwargs)
         logits = loss = None
@@ -327,8 +329,9 @@ class RMTForSequenceClassification(heads.GenericForSequenceClassification, RMTPr
 
     def __init__(self, config: RMTConfig) -> None:
         super(heads.GenericForSequenceClassification, self).__init__(config)
-        self.num_labels, self.model = config.num_labels, RMTModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.num_labels = config.num_labels
+        self.model = RMTModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
 
@@ -337,10 +340,11 @@ class RMTForTokenClassification(heads.GenericForTokenClassification, RMTPreTrain
 
     def __init__(self, config: RMTConfig) -> None:
         super(heads.GenericForTokenClassification, self).__init__(config)
-        self.num_labels, self.model = config.num_labels, RMTModel(config)
+        self.num_labels = config.num_labels
+        self.model = RMTModel(config)
         dropout = getattr(config, "classifier_dropout", None)
         self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
 
@@ -380,13 +384,7 @@ def refuse_reentrant_checkpoints(layers: nn.ModuleList) -> None:
 # The class for each auto class, and the library's table of class names for it, which Trainer and pipelines ask and
 # `register` leaves as it is. Filled here and not in the package, because this file travels to the Hub.
 AUTO_CLASSES: dict[str, tuple[type[RMTPreTrainedModel], dict[str, Any]]] = {}
-for _class in (
-    RMTModel,
-    RMTForCausalLM,
-    RMTForSequenceClassification,
-    RMTForTokenClassification,
-    RMTForQuestionAnswering,
-):
+for _class in RMTPreTrainedModel.__subclasses__():
     _name = f"Model{_class.__name__.removeprefix('RMT').removeprefix('Model')}"
     _table = getattr(modeling_auto, re.sub("(?<=[a-z])(?=[A-Z])", "_", _name).upper() + "_MAPPING_NAMES")
     _table.setdefault(RMTConfig.model_type, _class.__name__)

@@ -78,7 +78,7 @@ class Evidence:
         source: With full attention.
         tokenizer: Of both.
         sizes: How much.
-        weights: Which weights ours has: a hash, say.
+        weights: Which weights and configuration ours has: hashes, say.
     """
 
     model: RMTForCausalLM
@@ -143,12 +143,16 @@ def contenders(model: RMTForCausalLM, source: PreTrainedModel) -> dict[str, Call
         model.config.num_lookback_segments,
     )
     segment, longer = model.config.segment_length, equal // (lookback + 2)  # a state has one segment more than is seen
+    slots = model.config.num_memory_slots
     return {
         OURS: lambda: model,
         FULL: source.eval,
         f"sliding window of {window}": partial(sliding_window, source, window),
         f"sliding window of {equal}, our state bytes": partial(sliding_window, source, equal),
         f"window of {window} and sink": partial(window_with_sink, source, segment, lookback),
+        f"window of {window + slots} and sink, our keys": partial(
+            window_with_sink, source, (window + slots) // (lookback + 1), lookback
+        ),
         f"window of {longer * (lookback + 1)} and sink, our state bytes": partial(
             window_with_sink, source, longer, lookback
         ),
@@ -394,7 +398,8 @@ def main(arguments: list[str] | None = None) -> None:
     source = AutoModelForCausalLM.from_pretrained(args.source, dtype=dtype)
     model = RMTForCausalLM.from_pretrained(args.model, dtype=dtype)
     sizes = Sizes(**{name: getattr(args, name) for name in Sizes._fields})
-    weights = " ".join(digest(file)[:16] for file in sorted(args.model.glob("*.safetensors")))
+    files = [args.model / "config.json", *sorted(args.model.glob("*.safetensors"))]
+    weights = " ".join(digest(file)[:16] for file in files)
     evidence = Evidence(model.eval(), source.eval(), AutoTokenizer.from_pretrained(args.source), sizes, weights)
     chosen = units(evidence, args.tables)
     if args.contenders is not None:

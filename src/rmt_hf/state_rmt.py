@@ -21,14 +21,16 @@ class StateSizes(NamedTuple):
     segment: int  # S
     columns: int  # (N + 2) * S
     prefix: int  # P
-    slots: int  # M
+    rings: tuple[int, ...]  # slots of each part of memory
+    group: int  # K
     queries: int  # L, or 0 where no part of memory asks for evidence
 
     @staticmethod
     def of(config: RMTConfig) -> "StateSizes":
         queries = config.num_observing_tokens if any(uses for *_, uses in config.memory_parts) else 0
-        columns = config.window_length + config.segment_length
-        return StateSizes(config.segment_length, columns, config.prefix_length, config.num_memory_slots, queries)
+        columns, group = config.window_length + config.segment_length, config.num_slots_per_segment
+        rings = tuple(size for size, *_ in config.memory_parts)
+        return StateSizes(config.segment_length, columns, config.prefix_length, rings, group, queries)
 
 
 class LayerState(NamedTuple):
@@ -44,7 +46,7 @@ class LayerState(NamedTuple):
         scores: (B, (N + 2) * S, G or 0), of each token of the segments.
         queries: (B, H, 2 * L or 0, D), with rotary encoding, of the last L tokens of the segments t - 1 and t.
         memory: Slots (B, M, G, D).
-        previous_memory: The slots before the last write.
+        replaced: Slots (B, K for each part, G, D), the ring groups that the last write has met, as they were before it.
     """
 
     keys: torch.Tensor
@@ -52,7 +54,7 @@ class LayerState(NamedTuple):
     scores: torch.Tensor
     queries: torch.Tensor
     memory: Slots
-    previous_memory: Slots
+    replaced: Slots
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         return LayerState.from_tensors([function(tensor) for tensor in self.tensors()])
@@ -70,7 +72,7 @@ class LayerState(NamedTuple):
         return LayerState(keys, values, self.scores.to(wide), queries, memory, before)
 
     def tensors(self) -> list[torch.Tensor]:
-        return [*self[:4], *self.memory, *self.previous_memory]
+        return [*self[:4], *self.memory, *self.replaced]
 
     @staticmethod
     def from_tensors(tensors: Sequence[torch.Tensor]) -> "LayerState":
@@ -88,14 +90,14 @@ class LayerState(NamedTuple):
     def empty(sizes: StateSizes, keys: torch.Tensor, scores: torch.Tensor, queries: torch.Tensor) -> "LayerState":
         """The state of streams that have read nothing; keys, scores and queries (B, T, ...) are those of a call."""
         batch, _, heads, width = keys.shape
-        window, memory = (batch, heads, sizes.columns + sizes.prefix, width), Slots.empty(keys, sizes.slots)
+        window, memory = (batch, heads, sizes.columns + sizes.prefix, width), Slots.empty(keys, sum(sizes.rings))
         return LayerState(  # zeros that take no memory before they are written to
             keys=keys.new_zeros(()).expand(window),
             values=keys.new_zeros(()).expand(window),
             scores=at_least_float32(scores).new_zeros(()).expand(batch, sizes.columns, scores.shape[2]),
             queries=queries.new_zeros(batch, queries.shape[2], 2 * sizes.queries, width),
             memory=memory,
-            previous_memory=memory.map(torch.clone),
+            replaced=Slots.empty(keys, sizes.group * len(sizes.rings)),
         )
 
     def extend(
@@ -202,15 +204,40 @@ class LayerState(NamedTuple):
         plain = [shift(without_prefix(states, segment, sizes.prefix), 2, segment) for states in self[:2]]
         keys, values = (join_prefix(*pair, segment) for pair in zip(plain, prefix, strict=True))
         scores, queries = shift(self.scores, 1, segment), shift(self.queries, 2, self.queries.shape[2] // 2)
-        memory = self.memory.replace_rows(rows, self.previous_memory)
-        return LayerState(keys, values, scores, queries, memory, self.previous_memory)
+        memory = self.memory.replace_rows(rows, self.memory_before(sizes))
+        return LayerState(keys, values, scores, queries, memory, self.replaced)
+
+    def memory_before(self, sizes: StateSizes) -> Slots:
+        """The slots (B, M, G, D) before the last write."""
+        if not sizes.rings:
+            return self.memory
+
+        def before(memory: torch.Tensor, replaced: torch.Tensor) -> torch.Tensor:
+            rings = (ring[:, : -sizes.group] for ring in memory.split(list(sizes.rings), 1))
+            pairs = zip(replaced.split(sizes.group, 1), rings, strict=True)
+            return torch.cat([part for pair in pairs for part in pair], 1)
+
+        return Slots(*(before(*pair) for pair in zip(self.memory, self.replaced, strict=True)))
+
+    def edit_memory(self, edit: Callable[[Slots], Slots], sizes: StateSizes) -> "LayerState":
+        """The state with other slots, now and before the last write."""
+        replaced = oldest_groups(edit(self.memory_before(sizes)), sizes)
+        return self._replace(memory=edit(self.memory), replaced=replaced)
 
     def reset_rows(self, rows: torch.Tensor) -> "LayerState":
         """The state with the rows where `rows`, (B,) bool, is True empty: zeros, and no slot written."""
         rows = rows.to(self.keys.device)
         tensors = (tensor.masked_fill(rows.reshape(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in self[:4])
-        hidden = rows[:, None].expand(self.memory.strengths.shape[:2])
-        return LayerState(*tensors, self.memory.forget(hidden), self.previous_memory.forget(hidden))
+        slots = (each.forget(rows[:, None].expand(each.strengths.shape[:2])) for each in self[4:])
+        return LayerState(*tensors, *slots)
+
+
+def oldest_groups(memory: Slots, sizes: StateSizes) -> Slots:
+    """The group of each ring of memory (..., M, G, D) along axis 1 that the next write meets."""
+    if not sizes.rings:
+        return memory
+    parts = (tensor.split(list(sizes.rings), 1) for tensor in memory)
+    return Slots(*(torch.cat([ring[:, : sizes.group] for ring in part], 1) for part in parts))
 
 
 def without_prefix(states: torch.Tensor, segment: int, prefix: int) -> torch.Tensor:

@@ -130,6 +130,11 @@ class RMTTrainer(Trainer):
                     f"stream_length must be a multiple of segment_length ({segment}), and in a StreamSchedule divide "
                     f"that of the arguments ({arguments.stream_length}); got {length}."
                 )
+            if arguments.ddp_static_graph and length < arguments.stream_length:
+                raise ValueError(
+                    "ddp_static_graph wants one backward pass in every step, got a StreamSchedule with a stage of "
+                    f"{length} of {arguments.stream_length} columns, which has several: leave one of them out."
+                )
 
     @property
     def segment_length(self) -> int:

@@ -75,8 +75,8 @@ class RMTTrainingArguments(TrainingArguments):
                 "pieces have labels and shift_labels, and cannot be evaluated without",
             ),
             "ddp_static_graph": (
-                bool(self.ddp_static_graph),
-                "the first pieces read no memory, so the graph of a step changes",
+                bool(self.ddp_static_graph) and self.gradient_accumulation_steps > 1,
+                "DDP then wants one backward pass in every step; leave out gradient_accumulation_steps",
             ),
             "enable_jit_checkpoint": (
                 self.enable_jit_checkpoint,

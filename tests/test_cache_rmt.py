@@ -653,3 +653,88 @@ def test_the_state_counts_columns_and_rows(models):
 def test_what_other_caches_do_layer_by_layer_says_why_not(misuse, message):
     with pytest.raises(RuntimeError, match=message):
         misuse(RMTCache(tiny_config()).layers[0])
+
+
+# What was changed between two calls is seen by the next, whether it records gradients or goes on from what is kept.
+
+
+def go_on_two_ways(model, ids: torch.Tensor, cache: RMTCache, cuts=(1, 1, 1)) -> torch.Tensor:
+    """Logits of calls without gradients, after checking that those with gradients give the same."""
+    with torch.enable_grad():
+        expected, state = read(model, ids, cuts, cache=cache.clone())
+    with torch.no_grad():
+        logits, cache = read(model, ids, cuts, cache=cache)
+    torch.testing.assert_close(logits, expected.detach(), **CLOSE)
+    assert_same_rows(cache, state, model.config)
+    return logits
+
+
+CHANGES = {
+    "memory": lambda model, cache: cache.edit_memory(lambda slots: slots._replace(values=2 * slots.values)),
+    "rows": lambda model, cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "tokens taken back": lambda model, cache: cache.crop(-2),
+    "one row": lambda model, cache: cache.reset(rows=torch.tensor([False, True])),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("form", ["gated select", "two parts", "paper"])
+def test_a_step_sees_what_was_changed_since_the_last(models, form, change):
+    model, ids = models[form], tiny_ids(2, 6 * S + 2)
+    with torch.no_grad():
+        _, cache = read(model, ids[:, :-1], (5 * S + 1, 1))
+        before, _ = read(model, ids[:, -1:], cache=cache.clone())
+        CHANGES[change](model, cache)
+    logits = go_on_two_ways(model, torch.cat([ids[:, -1:], tiny_ids(2, 2 * S, seed=3)], 1), cache)
+    assert (logits[:, :1] - before).abs().max() > 1e-3
+
+
+def test_a_state_goes_on_in_another_dtype(models):
+    model, ids = tiny_model(use_attention_sink=True, num_lasting_slots=4), tiny_ids(2, 7 * S)
+    with torch.no_grad():
+        expected, _ = read(model, ids, (5 * S,))
+        _, cache = read(model, ids[:, : 5 * S])
+        logits, cache = read(model.to(torch.float32), ids[:, 5 * S :], (1, 1), cache=cache)
+    assert cache.state_dtype == logits.dtype == torch.float32
+    # Float32 has 7 digits, and logits are below 10. Selection might turn at a rounding; here it does not.
+    torch.testing.assert_close(logits.double(), expected[:, 5 * S :], rtol=0, atol=1e-4)
+
+
+def empty(cache: RMTCache) -> None:
+    cache.edit_memory(lambda slots: slots.forget(torch.ones_like(slots.strengths[:, :, 0], dtype=torch.bool)))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "no memory"])
+def test_edited_memory_stays_edited_when_tokens_are_taken_back(models, form):
+    """Taken back across a segment end, and read again: the same as if the edit had been there before."""
+    model, ids, more = models[form], tiny_ids(2, 6 * S + 1), tiny_ids(2, 3 * S, seed=3)
+
+    def edit(cache: RMTCache) -> None:
+        cache.edit_memory(lambda slots: slots._replace(values=slots.values * 2, keys=slots.keys - 0.5))
+
+    with torch.no_grad():
+        _, early = read(model, ids[:, : 6 * S - 2])
+        _, late = read(model, ids)
+        edit(early)
+        edit(late)
+        late.crop(-3)
+        not_edited = read(model, ids[:, : 6 * S - 2])[1]
+        expected = go_on_two_ways(model, more, early)
+        torch.testing.assert_close(go_on_two_ways(model, more, late), expected, **CLOSE)
+        assert (read(model, more, cache=not_edited)[0] - expected).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("before", [4 * S, 5 * S + 3])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "no memory"])
+def test_an_emptied_memory_is_not_seen_and_filled_again(form, before):
+    """One layer, so that all of the stream before the window is in memory alone; cut as you like."""
+    model, more = tiny_model(num_hidden_layers=1, **FORMS[form]), tiny_ids(3, 7 * S + 3, seed=3)
+    recent, results = tiny_ids(3, model.config.num_lookback_segments * S + before % S), []
+    for number, cuts in enumerate([(), (1,) * (2 * S), (S + 3, 2, 2 * S)]):
+        beginning = tiny_ids(3, before + 4 * S - recent.shape[1], seed=number)  # of another stream each time
+        _, cache = read(model, torch.cat([beginning, recent], 1))
+        empty(cache)
+        logits, cache = read(model, more, cuts, cache=cache)
+        results.append((logits, *(tensor for layer in cache.layers for tensor in layer.state.memory)))
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0], **CLOSE)

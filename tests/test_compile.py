@@ -16,8 +16,9 @@ def forget_what_was_compiled():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("rows", "length"), [(1, 2), (5, S)])
-@every_form
+@pytest.mark.parametrize(
+    ("form", "rows", "length"), [*((form, 1, 2) for form in FORMS), ("two parts", 5, S), ("paper", 5, S)]
+)
 def test_compiled_once_without_a_write_and_once_with_one(form, rows, length):
     """From the first tokens, when memory is empty, over segment ends, to a ring that has turned.
 
@@ -43,7 +44,7 @@ def test_compiled_once_without_a_write_and_once_with_one(form, rows, length):
 @torch.no_grad()
 def test_generate_with_a_compiled_forward():
     model, ids = tiny_model(), tiny_ids(1, 2 * S + 5)
-    settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 5 * S}
+    settings = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 2 * S + 2}
     expected = model.generate(ids, **settings)
     counter = CompileCounter()
     model.forward = torch.compile(model.forward, backend=counter)
@@ -72,7 +73,7 @@ def test_a_layer_is_one_graph(form, training):
     """`fullgraph=True`: no break, and the same result and gradient; in training, and in a step that goes on."""
     model, calls = tiny_model(**FORMS[form]).train(training), []
     layer = model.model.layers[1]
-    ids = tiny_ids(2, 5 * S + 3)
+    ids = tiny_ids(2, 3 * S + 3)
     with torch.set_grad_enabled(training):
         cache = None if training else model(ids, use_cache=True).past_key_values
         hook = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)

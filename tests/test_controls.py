@@ -1,5 +1,7 @@
 """Ablations of memory: each does to a memory what it says, to the last bit, and streams are read with what it left."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -121,8 +123,9 @@ def test_an_emptied_memory_is_none(form, pads):
 
 
 def memory_of(cache: RMTCache):
-    """An edit that gives every layer the memory of another state."""
-    slots = (layer.state.memory.map(torch.clone) for layer in cache.layers for _ in range(2))
+    """An edit that gives every layer the memory of another state, also that before the last write."""
+    states = [layer.state for layer in cache.layers]
+    slots = iter([slots for state in states for slots in (state.memory_before(cache.sizes), state.memory)])
     return lambda _: next(slots)
 
 
@@ -137,12 +140,12 @@ def test_a_memory_of_fewer_writes_is_read_as_it_is(form, held):
     """
     model, ids, more = tiny_model(num_hidden_layers=1, **form), tiny_ids(2, 9 * S), tiny_ids(2, 6 * S + 3, seed=1)
 
-    def said(window: slice) -> torch.Tensor:
+    def said(window: slice, held: Sequence[int]) -> torch.Tensor:
         """Logits of what comes, by streams that have read what is written and the window."""
         rows = [torch.cat([row[: n * S], row[window], new]) for row, n, new in zip(ids, held, more, strict=True)]
         return torch.cat([read(model, row[None])[0][:, -more.shape[1] :] for row in rows])
 
-    expected = said(slice(8 * S, None))
+    expected = said(slice(8 * S, None), held)
     _, cache = read(model, ids)
     writers = [model.memorize(row[None, : (n + 1) * S]) for row, n in zip(ids, held, strict=True)]
     cache.edit_memory(memory_of(RMTCache.stack(writers)))
@@ -153,6 +156,10 @@ def test_a_memory_of_fewer_writes_is_read_as_it_is(form, held):
     read(model, tiny_ids(2, S, seed=2), [3], there_and_back)
     there_and_back.crop(-S)
     torch.testing.assert_close(read(model, more, [], there_and_back)[0], expected, **CLOSE)
+    back = cache.clone()
+    back.crop(-3)
+    before = said(slice(7 * S, -3), [max(0, n - 1) for n in held])
+    torch.testing.assert_close(read(model, more, [], back)[0], before, **CLOSE)
     rows = RMTCache.stack([cache, *cache.split()])
     rows.batch_repeat_interleave(2)
     rows.batch_select_indices(torch.tensor([7, 4, 0, 3]))

@@ -22,6 +22,8 @@ from transformers import (
 
 from rmt_hf import RMTConfig, RMTForCausalLM
 from rmt_hf.conversion import (
+    NUM_OBSERVING_TOKENS,
+    PRESENT_FADE,
     add_memory,
     config_with_memory,
     convert,
@@ -123,8 +125,8 @@ def test_what_is_not_given_fits_the_segment() -> None:
     source = make_source("llama").config
     names = ("segment_length", "chunk_length", "num_slots_per_chunk", "num_memory_slots", "num_observing_tokens")
     for fields, expected in (
-        ({}, (128, 128, 128, 256, 16)),
-        ({"segment_length": 64, "num_lookback_segments": 3}, (64, 64, 64, 128, 16)),
+        ({}, (128, 128, 128, 256, NUM_OBSERVING_TOKENS)),
+        ({"segment_length": 64, "num_lookback_segments": 3}, (64, 64, 64, 128, NUM_OBSERVING_TOKENS)),
         ({"segment_length": 8, "chunk_length": 4}, (8, 4, 4, 16, 8)),
     ):
         config = config_with_memory(source, **fields)
@@ -139,7 +141,7 @@ def test_gates_keep_the_strongest_tokens() -> None:
     model = add_memory(make_source("llama"), **FIELDS, num_lasting_slots=8)
     for layer in model.model.layers:
         lasting, present = layer.self_attn.memory.rings
-        assert not lasting.fade.any() and present.fade.eq(0.1).all()
+        assert not lasting.fade.any() and present.fade.eq(PRESENT_FADE).all()
         slots = Slots.empty(torch.zeros(2, 1, 2, 8).double(), 1).map(lambda tensor: tensor[:, None])
         kept, offered = (torch.tensor(strengths)[:, None, None, None] for strengths in ([0.5, 0.0], [0.0, 0.5]))
         for ring in (lasting, present):

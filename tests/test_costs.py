@@ -83,13 +83,13 @@ def per_layer(measure: Callable[..., Costs], **arguments) -> tuple[Counter[str],
 @pytest.mark.parametrize(
     ("measure", "arguments", "operations", "size"),
     [
-        (step_costs, {}, 54, 4_048),
-        (step_costs, {"position": 79}, 58, 7_408),  # one of the last tokens before a write, whose queries are kept
-        (step_costs, {"position": 80}, 234, 43_548),  # a write
-        (step_costs, {"num_lasting_slots": 4, "position": 80}, 337, 48_946),
-        (step_costs, {"use_qk_norm": False}, 42, 3_400),
-        (prefill_costs, {}, 400, 935_901),
-        (training_costs, {}, 893, 3_178_068),
+        (step_costs, {}, 57, 4_072),
+        (step_costs, {"position": 79}, 61, 7_432),  # one of the last tokens before a write, whose queries are kept
+        (step_costs, {"position": 80}, 246, 43_154),  # a write
+        (step_costs, {"num_lasting_slots": 4, "position": 80}, 358, 49_487),
+        (step_costs, {"use_qk_norm": False}, 45, 3_424),
+        (prefill_costs, {}, 415, 937_421),
+        (training_costs, {}, 904, 3_180_196),
         (training_costs, {"num_memory_slots": 0}, 208, 2_072_196),
     ],
 )

@@ -1,4 +1,4 @@
-"""The plan of a call, against its definition: which form, which column is which token, and who sees whom."""
+"""The plan of a call, against its definition: which column is which token, and who sees whom."""
 
 import pytest
 import torch
@@ -6,63 +6,66 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rmt_hf import RMTConfig
-from rmt_hf.layout_rmt import FRESH, SEGMENTS, STEP, CallLayout, causal_mask, plan_call
+from rmt_hf.layout_rmt import CallLayout, plan_call, visible_columns
 
 
-CHUNK, SEGMENT = 2, 6
+CHUNK, SEGMENT, OBSERVING = 2, 6, 4
+CPU = torch.device("cpu")
 
 
 def make_config(lookback: int = 1, **fields) -> RMTConfig:
-    fields = {"chunk_length": CHUNK, "segment_length": SEGMENT, "num_memory_slots": 6, **fields}
-    return RMTConfig(num_lookback_segments=lookback, **fields)
+    """Three slots for each segment: a lasting part of one group and a present part of two, and a sink."""
+    defaults = {"chunk_length": CHUNK, "segment_length": SEGMENT, "num_observing_tokens": OBSERVING}
+    defaults |= {"num_memory_slots": 9, "num_lasting_slots": 3, "use_attention_sink": True}
+    return RMTConfig(**{**defaults, "num_lookback_segments": lookback, **fields})
 
 
-def plan(starts: list[int], rows: list[str] | int, lookback: int = 1) -> CallLayout:
+def plan(starts: list[int], rows: list[str] | int, lookback: int = 1, **arguments) -> CallLayout:
     """The plan for rows written as "x" for a token and "." for padding, or for a number of columns without padding."""
     if isinstance(rows, int):
-        return plan_call(make_config(lookback), starts, None, rows, torch.device("cpu"))
+        return plan_call(make_config(lookback), starts, None, rows, CPU, **arguments)
     is_real = torch.tensor([[column == "x" for column in row] for row in rows])
-    return plan_call(make_config(lookback), starts, is_real, is_real.shape[1], torch.device("cpu"))
+    return plan_call(make_config(lookback), starts, is_real, is_real.shape[1], CPU, **arguments)
 
 
 @pytest.mark.parametrize(
-    ("starts", "rows", "form", "length"),
+    ("starts", "rows", "num_views", "num_writes"),
     [
-        ([0], 1, FRESH, 1),
-        ([0, 0], 50, FRESH, 50),
-        ([0, 0], ["..xxx", "x.x.."], FRESH, 3),  # as long as the row with most tokens
-        ([0], ["..."], FRESH, 1),  # nothing but padding still has a column
-        ([1], 5, STEP, 5),  # ends with the segment
-        ([1], 6, SEGMENTS, 12),  # reaches the next one
-        ([6], 6, STEP, 6),  # a whole segment from its start
-        ([5], 1, STEP, 1),
-        ([13, 1], 5, STEP, 5),
-        ([13, 4], 3, SEGMENTS, 12),  # the second row leaves its segment
-        ([13, 4], ["xxx", "x.x"], SEGMENTS, 6),  # might leave it: offset and longest row say so together
-        ([13, 4], ["x..", "x.x"], STEP, 2),
-        ([0, 4], 2, STEP, 2),  # a row may begin while another goes on
-        ([0, 4], 3, SEGMENTS, 12),
-        ([5, 17], 14, SEGMENTS, 24),
-        ([7, 8], ["....", "...."], STEP, 1),
+        ([0], 1, 1, 0),
+        ([0], SEGMENT, 1, 1),
+        ([0, 0], 50, 9, 8),
+        ([0], ["..."], 1, 0),
+        ([1], 5, 1, 1),  # ends with the segment
+        ([1], 6, 2, 1),  # reaches the next one
+        ([5], 1, 1, 1),
+        ([13, 1], 5, 1, 1),
+        ([13, 4], 3, 2, 1),  # the second row leaves its segment
+        ([13, 4], ["xxx", "x.."], 2, 0),  # might leave it: what is padding is not asked
+        ([5, 17], 14, 4, 3),
+        ([7, 8], ["....", "...."], 1, 0),
     ],
 )
-def test_the_form_of_a_call(starts, rows, form, length):
+def test_views_writes_and_ends(starts, rows, num_views, num_writes):
     layout = plan(starts, rows)
-    assert (layout.form, layout.length) == (form, length)
+    assert (layout.num_views, layout.num_writes) == (num_views, num_writes)
     counts = [rows] * len(starts) if isinstance(rows, int) else [row.count("x") for row in rows]
-    assert layout.starts == tuple(starts)
-    assert layout.ends == tuple(start + count for start, count in zip(starts, counts, strict=True))
+    ends = [start + count for start, count in zip(starts, counts, strict=True)]
+    assert (layout.starts, layout.ends) == (tuple(starts), tuple(ends))
+    passed = [end // SEGMENT - start // SEGMENT for start, end in zip(starts, ends, strict=True)]
+    assert layout.turns.tolist() == passed
+    assert layout.segments_after.tolist() == [end // SEGMENT for end in ends]
 
 
-def test_uniform_calls_need_no_index_and_no_mask():
-    fresh, step, whole_segments = plan([0, 0], 20), plan([13, 13], 1), plan([12, 18], 12)
-    for layout in (fresh, step, whole_segments):
-        assert (layout.take, layout.put, layout.is_real, layout.window_mask) == (None,) * 4
-    assert (step.step.global_mask, step.step.local_mask) == (None, None)
-    assert step.step.columns.shape == (1,)
-    for starts, num_columns in (([12, 18], 11), ([13, 19], 11), ([12, 19], 12)):  # a segment is cut
-        assert plan(starts, num_columns).take is not None
-    assert plan([13, 19], 20).window_mask is None  # both rows have a whole window before them
+def test_rows_at_one_position_want_no_masks_and_no_padding_is_no_padding():
+    for starts, rows in (([0, 0], 20), ([13, 13], 1), ([13, 13], 20), ([12], 12)):
+        layout = plan(starts, rows)
+        assert layout.lead or layout.groups
+        assert layout.places.shape == (1, rows)
+    for starts, rows in (([0, 1], 20), ([13, 19], 1), ([3, 3], ["xx", ".x"])):
+        layout = plan(starts, rows)
+        assert not layout.lead and not layout.groups
+    assert plan([0, 0], 20, lookback=2).lead == 3 * SEGMENT
+    assert plan([0, 0], 7, lookback=2).lead == 7
 
 
 ROWS = st.integers(1, 3).flatmap(
@@ -79,124 +82,146 @@ ROWS = st.integers(1, 3).flatmap(
 def test_tokens_find_their_place_and_the_way_back(case):
     starts, rows = case
     layout = plan(starts, rows)
-    columns = torch.arange(len(rows[0])).expand(len(rows), -1)
-    aligned = layout.align(columns)
-    restored = layout.restore(layout.align(columns[..., None] + 1))[..., 0]
-    assert aligned.shape == (len(rows), layout.length)
-    position_ids = layout.position_ids.expand(len(rows), -1)
+    num_rows, num_columns = len(rows), layout.num_views * SEGMENT
     for row, text in enumerate(rows):
-        real = [column for column, token in enumerate(text) if token == "x"]
-        found = (position_ids[row] >= starts[row]) & (position_ids[row] < starts[row] + len(real))
-        assert aligned[row, found].tolist() == real
-        assert restored[row].tolist() == [column + 1 if token == "x" else 0 for column, token in enumerate(text)]
+        places = layout.places[row].tolist()
+        real = [place for place, token in zip(places, text, strict=True) if token == "x"]
+        assert real == list(range(starts[row] % SEGMENT, starts[row] % SEGMENT + len(real)))
+        padding = [place for place, token in zip(places, text, strict=True) if token == "."]
+        assert all(place >= starts[row] % SEGMENT + len(real) for place in padding)
+        assert len({*places}) == len(places)
+    states = torch.arange(1.0, 1 + num_rows * len(rows[0])).reshape(num_rows, -1, 1)
+    wide = max(num_columns, int(layout.places.max()) + 1)
+    spread = layout.spread(states, wide)
+    assert torch.equal(layout.collect(spread), states)
+    if layout.num_views > 1:
+        assert spread.count_nonzero() == states.numel()  # zeros between
 
 
-def test_restore_gives_zero_at_padding_whatever_the_aligned_columns_hold():
-    layout = plan([0, 3], [".x.", "x.."])
-    restored = layout.restore(torch.full((2, layout.length, 2, 2), torch.nan))
-    assert restored[0, 0].tolist() == restored[1, 2].tolist() == [[0, 0], [0, 0]]
-    assert restored[0, 1].isnan().all()
+@pytest.mark.parametrize(("start", "num_columns"), [(0, 13), (4, 9), (5, 2), (12, 12), (17, 30)])
+def test_rows_at_one_position_are_spread_by_padding(start, num_columns):
+    layout = plan([start, start], num_columns)
+    states = torch.randn(2, num_columns, 3)
+    spread = layout.spread(states, layout.num_views * SEGMENT)
+    expected = torch.zeros(2, layout.num_views * SEGMENT, 3)
+    expected[:, start % SEGMENT : start % SEGMENT + num_columns] = states
+    assert torch.equal(spread, expected)
+    assert torch.equal(layout.collect(spread), states)
 
 
-def test_causal_mask_ends_with_the_last_key():
-    assert causal_mask(2, 4, torch.device("cpu")).tolist() == [[[[True, True, True, False], [True] * 4]]]
+def visible_by_definition(config: RMTConfig, position: int, lost: int = 0) -> tuple[int, set[int]]:
+    """How many columns of the prefix the token at a position of its document sees, and which positions."""
+    segment = position // SEGMENT
+    written = max(0, segment - config.num_lookback_segments)
+    slots = sum(min(size, max(0, written - lost) * 3) for size, *_ in config.memory_parts)
+    first = max(0, (segment - config.num_lookback_segments) * SEGMENT)
+    return (slots + 1) * (written > 0), set(range(first, position + 1))
 
 
-def seen_by_definition(token: int, key: int, lookback: int) -> tuple[bool, bool]:
-    """Whether global and local attention of the token at one stream position see the key at another."""
-    first_of_window = max(0, (token // SEGMENT - lookback) * SEGMENT)
-    return first_of_window <= key <= token, token // CHUNK * CHUNK <= key <= token
-
-
-STEPS = st.integers(1, 3).flatmap(
-    lambda count: st.tuples(
-        st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=count, max_size=count),
-        st.lists(st.integers(0, 4), min_size=count, max_size=count),
-        st.booleans(),
-    )
-)
-
-
-@pytest.mark.parametrize("lookback", [0, 1, 2])
-@given(STEPS)
-def test_a_step_sees_what_the_definition_says(lookback, case):
-    places, counts, is_uniform = case
-    if is_uniform:
-        places, counts = [places[0]] * len(places), [max(1, counts[0])] * len(counts)
-    starts = [segment * SEGMENT + offset for segment, offset in places]
-    counts = [min(count, SEGMENT - start % SEGMENT) for start, count in zip(starts, counts, strict=True)]
-    layout = plan(starts, ["x" * count + "." * (max(counts) + 1 - count) for count in counts], lookback)
-    if layout.form != STEP:
-        return
-    view = layout.step
-    columns = view.columns.expand(len(starts), -1)
-    for (first, end), mask, which in ((view.global_span, view.global_mask, 0), (view.local_span, view.local_mask, 1)):
-        mask = causal_mask(layout.length, end - first, columns.device) if mask is None else mask
-        mask = mask.expand(len(starts), 1, -1, -1)[:, 0]
-        for row, start in enumerate(starts):
-            origin = (start // SEGMENT - lookback - 1) * SEGMENT  # stream position of window column 0
-            assert (columns[row, : counts[row]] + origin).tolist() == list(range(start, start + counts[row]))
-            for query in range(counts[row]):
-                visible = {first + key + origin for key in mask[row, query].nonzero().flatten().tolist()}
-                token = start + query
-                assert visible == {key for key in range(token + 1) if seen_by_definition(token, key, lookback)[which]}
+def assert_seen(layout: CallLayout, config: RMTConfig, row: int, column: int, seen: list[int], lost: int = 0) -> None:
+    """That these columns of prefix and window are what the token of a column sees by definition."""
+    place = int(layout.places.expand(len(layout.starts), -1)[row, column])
+    first_view = int(layout.first_views.expand(len(layout.starts), -1)[row, place // SEGMENT])
+    position = place - first_view * SEGMENT
+    origin = (position // SEGMENT - config.num_lookback_segments) * SEGMENT  # position of the window's first column
+    num_prefix, positions = visible_by_definition(config, position, lost if first_view <= 0 else 0)
+    prefix = [each for each in seen if each < config.prefix_length]
+    assert prefix == list(range(config.prefix_length - num_prefix, config.prefix_length))
+    assert {each - config.prefix_length + origin for each in seen if each >= config.prefix_length} == positions
 
 
 @pytest.mark.parametrize("lookback", [0, 1, 2])
-@pytest.mark.parametrize("starts", [[5, 5], [1, 8], [0, 29], [13, 14], [25, 30]])
-def test_windows_of_segments_see_what_the_definition_says(starts, lookback):
-    layout = plan(starts, 15, lookback)
-    assert layout.form == SEGMENTS
-    count = layout.length // SEGMENT
-    mask = layout.window_mask
-    mask = causal_mask(SEGMENT, (lookback + 1) * SEGMENT, torch.device("cpu")) if mask is None else mask
-    mask = mask.expand(len(starts) * count, 1, -1, -1).unflatten(0, (len(starts), count))[:, :, 0]
-    for row, start in enumerate(starts):
-        for segment in range(count):
-            for query in range(SEGMENT):
-                token = (start // SEGMENT + segment) * SEGMENT + query
-                origin = token - query - lookback * SEGMENT  # stream position of the first key of the window
-                visible = {origin + key for key in mask[row, segment, query].nonzero().flatten().tolist()}
-                assert visible == {key for key in range(token + 1) if seen_by_definition(token, key, lookback)[0]}
+@given(case=ROWS)
+def test_masks_show_what_the_definition_says(case, lookback):
+    starts, rows = case
+    layout, config = plan(starts, rows, lookback), make_config(lookback)
+    mask = layout.window_mask(config).expand(len(rows), -1, -1, -1)
+    assert mask.shape[1] == layout.num_views
+    chunk_mask = layout.chunk_mask(config)[:, 0] if layout.num_views == 1 else None
+    for row, text in enumerate(rows):
+        for column in [column for column, token in enumerate(text) if token == "x"]:
+            place = int(layout.places[row, column])
+            query = column if layout.num_views == 1 else place % SEGMENT
+            seen = mask[row, place // SEGMENT, query].nonzero().flatten().tolist()
+            assert_seen(layout, config, row, column, seen)
+            if chunk_mask is not None:
+                own = chunk_mask[row, column].nonzero().flatten().tolist()
+                assert own == list(range(place // CHUNK * CHUNK, place + 1))
 
 
+FROM_THE_BEGINNING = [(0, 3), (0, 6), (0, 7), (0, 12), (0, 13), (0, 50)]
+FROM_A_STATE = [(4, 1), (4, 2), (4, 3), (13, 2), (11, 20), (12, 6), (12, 50), (29, 1), (29, 40), (41, 13)]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("lookback", [0, 1, 2])
-@pytest.mark.parametrize(
-    ("starts", "num_columns", "first_segments"),
-    [
-        ([3], 2, None),  # the segment does not end
-        ([3], 3, [[0]]),
-        ([3, 13], 3, [[0], [2]]),  # only the first row is due, but all are laid out
-        ([3, 13], 9, [[0, 1], [2, 3]]),
-        ([0, 20], 4, [[0], [3]]),
-    ],
-)
-def test_segments_to_be_written_leave_the_window(starts, num_columns, first_segments, lookback):
-    layout = plan(starts, num_columns, lookback)
-    if first_segments is None:
-        assert layout.write_position_ids is None
-        return
-    expected = [
-        [(segment - lookback) * SEGMENT + place for segment in segments for place in range(SEGMENT)]
-        for segments in first_segments
-    ]
-    assert layout.write_position_ids.tolist() == expected
+@pytest.mark.parametrize("lost", [0, 2])
+@pytest.mark.parametrize(("start", "num_columns"), FROM_THE_BEGINNING + FROM_A_STATE)
+def test_groups_of_views_show_what_the_definition_says(start, num_columns, lookback, lost, implementation):
+    config = make_config(lookback, attn_implementation=implementation)
+    lost = lost if start >= (lookback + 2) * SEGMENT else 0  # a memory can only lose what was written
+    layout = plan_call(config, [start] * 2, None, num_columns, CPU, forgotten=[lost] * 2)
+    num_lead, first_place = layout.lead, start % SEGMENT
+    for column in range(num_lead):  # they see the columns before them in the call, and nothing else
+        num_prefix, positions = visible_by_definition(config, column)
+        assert (start, num_prefix, positions) == (0, 0, set(range(column + 1)))
+    found = set(range(num_lead))
+    for group in layout.groups:
+        for view in range(group.first, group.end):
+            queries = range(num_columns) if layout.num_views == 1 else range(SEGMENT)
+            for query in queries:  # the last sees all, and each one before it one column less
+                column = query if layout.num_views == 1 else view * SEGMENT + query - first_place
+                if 0 <= column < num_columns:
+                    seen = range(group.start, group.stop - (len(queries) - 1 - query))
+                    assert_seen(layout, config, 0, column, [*seen], lost)
+                    found.add(column)
+    assert found == set(range(num_columns))
+    if implementation == "eager" and num_columns > config.window_length:
+        assert not num_lead  # all weights that are recorded have the same columns
 
 
-def test_rows_whose_segment_ends_are_due():
-    assert plan([3, 13], 2).due_rows(SEGMENT) is None
-    assert plan([3, 14], 3).due_rows(SEGMENT).tolist() == [True, False]
-    assert plan([11, 17, 4], 1).due_rows(SEGMENT).tolist() == [True, True, False]
-    assert plan([12, 11], [".", "x"]).due_rows(SEGMENT).tolist() == [False, True]  # a row at an end that reads nothing
+@pytest.mark.parametrize("num_written", range(6))
+def test_visible_columns_of_the_prefix(num_written):
+    config, written = make_config(), torch.tensor([[num_written]])
+    expected = min(3, 3 * num_written) + min(6, 3 * num_written) + (num_written > 0)
+    assert visible_columns(config, written).tolist() == [[expected]]
+    without = make_config(num_memory_slots=0, num_lasting_slots=None, use_attention_sink=False)
+    assert visible_columns(without, written).tolist() == [[0]]
 
 
-@pytest.mark.parametrize("lookback", [0, 1, 2])
-def test_memory_is_read_from_the_first_token_that_can_see_a_slot(lookback):
-    first = (lookback + 1) * SEGMENT  # segment 0 has just left the window
-    assert not plan([0], first, lookback).reads_memory
-    assert plan([0], first + 1, lookback).reads_memory
-    assert not plan([first - 1], 1, lookback).reads_memory
-    assert plan([first], 1, lookback).reads_memory
-    assert plan([0, first - 2], ["x..", "xxx"], lookback).reads_memory
-    without = make_config(lookback, num_memory_slots=0)
-    assert not plan_call(without, [first], None, 1, torch.device("cpu")).reads_memory
+@given(ROWS)
+def test_queries_of_the_last_tokens_of_each_segment_are_kept(case):
+    starts, rows = case
+    layout = plan(starts, rows)
+    unused = (layout.num_views + 1) * OBSERVING
+    for row, text in enumerate(rows):
+        wanted = []
+        for place, token in zip(layout.places[row].tolist(), text, strict=True):
+            view, offset = divmod(place, SEGMENT)
+            if token == "x" and offset >= SEGMENT - OBSERVING:  # those of the segment before view 0 come first
+                wanted.append((view + 1) * OBSERVING + offset - (SEGMENT - OBSERVING))
+        real = torch.tensor([token == "x" for token in text])
+        found = [place for place in layout.query_places[row, real].tolist() if place != unused]
+        assert found == wanted
+        assert layout.observes or not wanted
+
+
+def test_documents_that_begin_inside_a_call():
+    """Two rows of three segments: a new document at column 6 of the first, and at column 12 of the second."""
+    restarts = torch.zeros(2, 18, dtype=torch.bool)
+    restarts[0, 6] = restarts[1, 12] = True
+    is_real = torch.ones(2, 18, dtype=torch.bool)
+    is_real[0, 4:6] = is_real[0, 16:] = False
+    layout = plan_call(make_config(), [12, 0], is_real, 18, CPU, restarts)
+    assert layout.is_packed and layout.num_views == layout.num_writes == 3
+    assert layout.first_views.tolist() == [[-2, 1, 1], [0, 0, 2]]
+    assert layout.view_segments.tolist() == [[2, 0, 1], [0, 1, 0]]
+    assert layout.ends == (10, 6)
+    assert layout.turns.tolist() == [2, 3]  # in views, to the segment in which the last document stands
+    assert layout.remembered.tolist() == [[False] * 6 + [True] * 12, [False] * 12 + [True] * 6]
+    mask = layout.window_mask(make_config())
+    for row, columns in ((0, [0, 3, 6, 11, 12, 15]), (1, [0, 6, 11, 12, 17])):
+        for column in columns:
+            place = int(layout.places[row, column])
+            seen = mask[row, place // SEGMENT, place % SEGMENT].nonzero().flatten().tolist()
+            assert_seen(layout, make_config(), row, column, seen)

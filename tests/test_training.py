@@ -142,6 +142,7 @@ GOLDEN_FORMS = {
     "default": {},
     "paper": {"num_lookback_segments": 0, "fusion_type": "softmax", "memory_write": "mean"},
     "mean": {"memory_write": "mean", "num_slots_per_chunk": 2, "use_qk_norm": True, "tie_word_embeddings": True},
+    "two parts": {"num_lasting_slots": 4, "use_attention_sink": True},
     "no memory": {"num_memory_slots": 0},
 }
 

@@ -102,7 +102,8 @@ class RMTRotaryEmbedding(nn.Module):
         # A compiled call looks at all columns through a mask, so that it is the same at every position.
         is_masked = torch.compiler.is_compiling() or not (layout.lead or layout.groups)
         mask = layout.window_mask(config) if is_masked else None
-        chunk_mask = layout.chunk_mask(config) if layout.num_views == 1 and config.use_local_attention else None
+        is_masked = is_masked and layout.num_views == 1 and config.use_local_attention
+        chunk_mask = layout.chunk_mask(config) if is_masked else None
         return Tables(self(columns, dtype), writes, prefixes, after, mask, chunk_mask)
 
 
@@ -175,12 +176,7 @@ def eager_attention_forward(
 
 
 def attend(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    is_causal: bool = False,
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, is_causal: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Softmax attention through the implementation that the configuration names.
 
@@ -188,8 +184,7 @@ def attend(
     seen; with `is_causal` the last query sees all keys, and each one before it one key less. Gives (B, Lq, H, D), and
     the weights (B, H, Lq, Lk) if the implementation has them.
     """
-    implementation = module.config._attn_implementation or "eager"
-    num_queries, num_keys = query.shape[1], key.shape[2]
+    implementation, num_queries, num_keys = module.config._attn_implementation or "eager", query.shape[1], key.shape[2]
     is_flash = "flash" in implementation
     if mask is not None and is_flash:
         raise ValueError(
@@ -204,16 +199,9 @@ def attend(
         additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
         mask = additive.masked_fill(~mask, torch.finfo(query.dtype).min).expand(query.shape[0], -1, -1, -1)
     interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-    return interface(
-        module,
-        query.transpose(1, 2),
-        key,
-        value,
-        mask,
-        dropout=module.config.attention_dropout if module.training else 0.0,
-        scaling=module.scaling,
-        is_causal=is_causal,
-    )
+    settings = {"scaling": module.scaling, "is_causal": is_causal}
+    settings["dropout"] = module.config.attention_dropout if module.training else 0.0
+    return interface(module, query.transpose(1, 2), key, value, mask, **settings)
 
 
 class RMTAttention(nn.Module):
@@ -224,23 +212,20 @@ class RMTAttention(nn.Module):
 
     def __init__(self, config: RMTConfig, layer_idx: int) -> None:
         super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
         num_key_value_heads, head_dim = config.key_value_shape
-        self.num_key_value_groups = config.num_attention_heads // num_key_value_heads
-        self.scaling = head_dim**-0.5
-        self.is_causal = True
+        self.num_key_value_groups, self.scaling = config.num_attention_heads // num_key_value_heads, head_dim**-0.5
         # Plain numbers: every look into a configuration costs 3 µs, which a step of one token feels.
         self.head_dim, self.segment_length, self.window_length = head_dim, config.segment_length, config.window_length
         self.chunk_length, self.num_lookback_segments = config.chunk_length, config.num_lookback_segments
         self.prefix_length, self.num_memory_slots = config.prefix_length, config.num_memory_slots
         self.use_qk_norm, self.use_local_attention = config.use_qk_norm, config.use_local_attention
         self.is_unified, self.sizes = config.fusion_type == "gated", StateSizes.of(config)
-        queries, slots = config.num_attention_heads * head_dim, num_key_value_heads * head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, slots, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, slots, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.attention_bias)
+        size, queries, bias = config.hidden_size, config.num_attention_heads * head_dim, config.attention_bias
+        self.q_proj = nn.Linear(size, queries, bias=bias)
+        self.k_proj = nn.Linear(size, num_key_value_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(size, num_key_value_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(queries, size, bias=bias)
         for name in ("q_norm", "k_norm") if config.use_qk_norm else ():
             self.add_module(name, RMTRMSNorm(head_dim, config.rms_norm_eps))
         self.memory = RMTMemory(config) if config.num_memory_slots else None
@@ -387,11 +372,16 @@ class RMTAttention(nn.Module):
         first = self.window_length + (self.prefix_length if layout.num_views == 1 else 0)
         keys, values = frame.keys[:, :, first:], frame.values[:, :, first:]
         if mask is not None:
-            if not torch.compiler.is_compiling() and layout.groups and query.shape[1] == 1:
-                end = layout.groups[0].stop + segment - self.prefix_length - self.window_length
-                start = (end - 1) // chunk * chunk
-                return attend(self, query, keys[:, :, start:end], values[:, :, start:end])[0]
             return attend(self, query, keys, values, mask)[0]
+        if layout.num_views == 1:  # rows at one position: chunk after chunk
+            end = layout.lead or layout.groups[0].stop + segment - self.prefix_length - self.window_length
+            begin, outputs = end - query.shape[1], []
+            for start in range(begin // chunk * chunk, end, chunk):
+                stop = min(start + chunk, end)
+                asked = query[:, max(start, begin) - begin : stop - begin]
+                part = slice(start, stop)
+                outputs.append(attend(self, asked, keys[:, :, part], values[:, :, part], is_causal=True)[0])
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         spread = layout.spread(query, layout.num_views * segment).unflatten(1, (-1, chunk)).flatten(0, 1)
         keys, values = (states.unflatten(2, (-1, chunk)).transpose(1, 2).flatten(0, 1) for states in (keys, values))
         output, _ = attend(self, spread, keys, values, is_causal=True)

@@ -144,11 +144,8 @@ class RMTCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back the last columns of every row: the state is as if they had never been read.
 
-        Padding among them takes no token from its row. What `reset` forgot stays forgotten.
-
-        Args:
-            tokens_to_remove: Minus the number of columns, `num_croppable_columns` (up to `segment_length`) at most;
-                RuntimeError beyond that, ValueError above 0, and the state is left as it was.
+        Padding among them takes no token from its row; what `reset` forgot stays forgotten. `tokens_to_remove` is minus
+        their number, `num_croppable_columns` (up to `segment_length`) at most: RuntimeError beyond, ValueError above 0.
         """
         columns, recent, segment = -int(tokens_to_remove), self.recent_is_real, self.sizes.segment
         if columns < 0:
@@ -227,7 +224,7 @@ class RMTCache(Cache):
             setattr(self, name, [getattr(self, name)[row] for row in indices.tolist()])
         self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
 
-    reorder_cache = batch_select_indices  # as beam search calls it
+    reorder_cache = batch_select_indices  # type: ignore[assignment]  # as beam search calls it
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times, copies next to each other."""

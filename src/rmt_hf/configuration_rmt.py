@@ -161,19 +161,16 @@ class RMTConfig(PreTrainedConfig):
             num_key_value_heads chunk_length segment_length num_slots_per_chunk num_observing_tokens
             max_position_embeddings"""
         at_least_0 = "num_lookback_segments num_memory_slots initializer_range attention_dropout"
-        for minimum, names in ((1, at_least_1), (0, at_least_0)):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is None or value < minimum:
-                    raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+        least = dict.fromkeys(at_least_1.split(), 1) | dict.fromkeys(at_least_0.split(), 0)
         slots, lasting, segment = self.num_memory_slots, self.num_lasting_slots, self.segment_length
         lasts = lasting is None or (self.memory_write != "mean" and 0 <= lasting <= slots)
-        chunk, width = self.chunk_length, self.key_value_shape[1]
-        rules = [
+        enough = [name for name in least if (value := getattr(self, name)) is not None and value >= least[name]]
+        rules = [(name, name in enough, f"at least {number}") for name, number in least.items()]
+        rules += [
             ("rms_norm_eps", self.rms_norm_eps > 0, "above 0"),
             ("num_observing_tokens", self.num_observing_tokens <= segment, f"at most segment_length ({segment})"),
             ("attention_dropout", self.attention_dropout < 1, "below 1"),
-            ("head_dim", width % 2 == 0, "even for the rotary encoding"),
+            ("head_dim", (self.head_dim or 0) % 2 == 0, "even for the rotary encoding"),
             ("num_lasting_slots", lasts, f'from 0 to num_memory_slots ({slots}), and None with memory_write="mean"'),
             ("memory_write", self.memory_write in MEMORY_WRITES, "one of select, mean"),
             ("fusion_type", self.fusion_type in ("gated", "softmax"), "one of gated, softmax"),
@@ -184,11 +181,9 @@ class RMTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}.")
         self._check_rope(cast(dict, self.rope_parameters))
         self._check_multiples()
-        if self.num_slots_per_chunk > chunk:
-            raise ValueError(
-                f"num_slots_per_chunk ({self.num_slots_per_chunk}) must be at most chunk_length ({chunk}): a chunk "
-                "cannot give more slots than it has tokens."
-            )
+        if self.num_slots_per_chunk > self.chunk_length:
+            rule = f"num_slots_per_chunk ({self.num_slots_per_chunk}) must be at most chunk_length"
+            raise ValueError(f"{rule} ({self.chunk_length}): a chunk cannot give more slots than it has tokens.")
 
     def _check_multiples(self) -> None:
         rules = [("num_attention_heads", "num_key_value_heads"), ("segment_length", "chunk_length")]

@@ -141,10 +141,12 @@ def stream_bits(
 
 
 def _memories(cache: RMTCache) -> list[Slots]:
-    return [layer.state.memory for layer in cache.layers if layer.state is not None]
+    """Of each layer its memory before the last write, and its memory, as `RMTCache.edit_memory` asks for them."""
+    states = [layer.state for layer in cache.layers if layer.state is not None]
+    return [slots for state in states for slots in (state.memory_before(cache.sizes), state.memory)]
 
 
 def _put_memories(cache: RMTCache, memories: list[Slots]) -> None:
-    """Gives every layer a copy of a memory, which counts as its memory before the last write too."""
-    copies = (memory.map(torch.Tensor.clone) for memory in memories for _ in range(2))
+    """Gives every layer a copy of what `_memories` gave."""
+    copies = (memory.map(torch.Tensor.clone) for memory in memories)
     cache.edit_memory(lambda _: next(copies))

@@ -71,7 +71,7 @@ BEGINNINGS = {
 NEW = (*BEGINNINGS, *SINK, LAYER + "self_attn.fusion.gate.*", LAYER + "self_attn.memory.*")
 SEGMENT_LENGTH = 128  # of a converted model, if nothing else is asked for
 PRESENT_FADE = 1.0  # of a strength, at each segment; lasting tokens do not fade
-NUM_OBSERVING_TOKENS = 32
+NUM_OBSERVING_TOKENS = 32  # of a converted model, or its whole segment
 # Fields of a configuration that mean the same in both.
 SHARED_FIELDS = [
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps", "mlp_bias"),

@@ -1,8 +1,8 @@
-"""Decoding as two pure functions of tensors, for `torch.export`: a step of one token, and the turn of a segment.
+"""Decoding as pure functions of tensors, for `torch.export`: steps of one token, with and without a segment end.
 
-`DecodingStep` reads one token per row and gives its logits and the new tensors of the state. After a step that fills
-a segment (`(positions + 1) % segment_length == 0` in any row), `SegmentTurn` moves the windows of those rows on and
-writes memory. Everything else that a forward pass does is bookkeeping in Python, which no exporter can see.
+`DecodingStep` reads one token per row and gives its logits and the new tensors of the state. Where the token fills a
+segment, in any row, the step that writes memory is wanted. All else that a forward pass does is bookkeeping in Python,
+which no exporter can see.
 
 A home file: it does not travel with the weights. Shapes: B rows, V vocabulary.
 """
@@ -11,28 +11,65 @@ import torch
 from torch import nn
 
 from .cache_rmt import RMTCache
-from .layout_rmt import fixed_step
+from .configuration_rmt import RMTConfig
+from .layout_rmt import CallLayout
 from .modeling_rmt import RMTForCausalLM
 from .state_rmt import LayerState
 
 
 def state_tensors(cache: RMTCache) -> list[torch.Tensor]:
-    """Copies of the tensors of a state, layer after layer, as `DecodingStep` and `SegmentTurn` take them.
+    """Copies of the tensors of a state, layer after layer, as `DecodingStep` takes them.
 
     Args:
         cache: A state that has read something.
 
     Raises:
-        ValueError: If it is empty: shapes are not known before the first call.
+        ValueError: If it is empty, as shapes are not known before the first call; if its memory was edited, or the last
+            thing that happened to it was a `crop` over a segment end.
     """
     if not cache.is_initialized:
         raise ValueError("The state must have read something, got an empty one: read the prompt with the model first.")
+    if cache.is_stale or any(cache.forgotten):
+        raise ValueError(
+            "The state must be as reading has left it, got one that was cropped or edited since: read on with the model "
+            "first, and leave memory as it was written."
+        )
     return [tensor.clone() for tensor in cache.tensors()[:-1]]  # the last says which columns were padding
 
 
-def _layer_states(tensors: list[torch.Tensor], num_layers: int) -> list[LayerState]:
-    size = len(tensors) // num_layers
-    return [LayerState.from_tensors(tensors[index : index + size]) for index in range(0, len(tensors), size)]
+def step_layout(config: RMTConfig, positions: torch.Tensor, ends_segment: bool) -> CallLayout:
+    """Where one token of each row belongs, from nothing but tensors.
+
+    Args:
+        config: Of the model.
+        positions: (B,) int64, stream positions before the step.
+        ends_segment: Whether some row fills a segment.
+    """
+    segment, length = config.segment_length, config.num_observing_tokens
+    places, first_views = (positions % segment)[:, None], -(positions // segment)[:, None]
+    kept = places - segment + length
+    segments_after = (positions + 1) // segment
+    return CallLayout(
+        num_columns=1,
+        num_views=1,
+        num_writes=int(ends_segment),
+        starts=(),
+        ends=(),
+        refreshes=False,
+        lead=0,
+        groups=(),
+        offset=None,
+        places=places,
+        query_places=torch.where(kept < 0, 2 * length, length + kept),
+        observes=True,
+        first_views=first_views,
+        turns=first_views[:, -1] + segments_after,
+        segments_after=segments_after,
+        forgotten=None,
+        is_packed=False,
+        is_real=None,
+        remembered=None,
+    )
 
 
 class DecodingStep(nn.Module):
@@ -40,13 +77,13 @@ class DecodingStep(nn.Module):
 
     Args:
         model (`RMTForCausalLM`): In eval mode; its weights are those of the step.
-
-    Source: `fixed_step` of layout_rmt, which compiled models use too.
+        ends_segment: Whether memory is written in rows whose segment the token fills, which are those where
+            `(positions + 1) % segment_length == 0`. The plain step must not meet such a row; this one may meet any.
     """
 
-    def __init__(self, model: RMTForCausalLM) -> None:
+    def __init__(self, model: RMTForCausalLM, ends_segment: bool = False) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.ends_segment = model, ends_segment
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, tensors: list[torch.Tensor]
@@ -61,44 +98,12 @@ class DecodingStep(nn.Module):
         Returns:
             Logits (B, 1, V), and the tensors after the step.
         """
-        base = self.model.model
-        hidden_states, layout = base.embed_tokens(input_ids), fixed_step(base.config, positions[:, None])
-        rotary, states = base.rotary_emb(layout.position_ids, hidden_states.dtype), []
-        ids = layout.sink_position_ids
-        sink = None if ids is None else base.rotary_emb(ids, hidden_states.dtype)
-        for layer, state in zip(base.layers, _layer_states(tensors, len(base.layers)), strict=True):
-            arguments = {"layout": layout, "position_embeddings": rotary, "state": state, "keep_state": True}
-            arguments |= {"sink_embeddings": sink}
-            hidden_states, state = layer(hidden_states, **arguments)
-            states += state.tensors()
-        return self.model.lm_head(base.norm(hidden_states)), states
-
-
-class SegmentTurn(nn.Module):
-    """What happens at the end of a segment: `torch.export.export(SegmentTurn(model), (positions, tensors))`.
-
-    Args:
-        model (`RMTForCausalLM`): As for `DecodingStep`.
-    """
-
-    def __init__(self, model: RMTForCausalLM) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, positions: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Moves on the rows that have just filled their segment and leaves the others as they are.
-
-        Args:
-            positions: (B,) int64, how many tokens each row has read.
-            tensors: What `DecodingStep` returned.
-
-        Returns:
-            The tensors for the next step.
-        """
-        base, states = self.model.model, []
-        segment, lookback = base.config.segment_length, base.config.num_lookback_segments
-        first = (positions[:, None] - 1) // segment * segment - lookback * segment
-        rotary = base.rotary_emb(first + torch.arange(segment, device=positions.device), tensors[0].dtype)
-        for layer, state in zip(base.layers, _layer_states(tensors, len(base.layers)), strict=True):
-            states += layer.self_attn.turn(state, positions % segment == 0, first >= 0, rotary).tensors()
-        return states
+        base, size = self.model.model, len(tensors) // len(self.model.model.layers)
+        hidden_states, layout = base.embed_tokens(input_ids), step_layout(base.config, positions, self.ends_segment)
+        tables = base.rotary_emb.of_call(layout, hidden_states.dtype, True)
+        after: list[torch.Tensor] = []
+        for index, layer in enumerate(base.layers):
+            state = LayerState.from_tensors(tensors[index * size : (index + 1) * size])
+            hidden_states, state = layer(hidden_states, layout=layout, tables=tables, state=state, keep_state=True)
+            after += state.tensors()
+        return self.model.lm_head(base.norm(hidden_states)), after

@@ -157,7 +157,7 @@ def token_loop(device: torch.device) -> Result:
 
 @torch.no_grad()
 def compiled_step(device: torch.device) -> Result:
-    """Whether a compiled decoding step gives the same over three segment ends, and is not compiled again and again."""
+    """Whether a compiled step gives the same over three segment ends, compiled once without and once with a write."""
     model, counter = (
         moved(small_model(), device, torch.float32, "sdpa"),
         CompileCounterWithBackend(BACKENDS[device.type]),
@@ -173,7 +173,7 @@ def compiled_step(device: torch.device) -> Result:
         worst = max(worst, float((logits[0] - logits[1]).abs().max()))
         counts.append(counter.frame_count)
     detail = f"largest difference {worst:.2g}, {counts[0]} graphs in the first step and {counts[-1]} in all"
-    return Result("a compiled step", worst <= TOLERANCES["float32"] and counts[-1] == counts[segment + 4], detail)
+    return Result("a compiled step", worst <= TOLERANCES["float32"] and counts[-1] <= counts[0] + 1, detail)
 
 
 def seconds_of(device: torch.device, task: Callable[[], Any], repetitions: int) -> float:

@@ -128,17 +128,10 @@ def plan_call(
     refreshes: bool = False,
     forgotten: Sequence[int] = (),
 ) -> CallLayout:
-    """Maps the columns of a call.
+    """Maps the columns of a call; arguments as the fields of `CallLayout`.
 
-    Args:
-        config: Of the model.
-        starts: Stream position of each row before the call.
-        is_real: (B, T) bool, False at padding; None if there is no padding.
-        num_columns: T.
-        device: Where the index tensors go.
-        restarts: (B, T) bool, True where a document begins inside the call; None if none does.
-        refreshes: Whether the prefix in the state is out of date.
-        forgotten: Writes of each row that its memory does not hold; empty if all hold all.
+    `restarts`, (B, T) bool, is True where a document begins inside the call; None if none does. Index tensors go to
+    `device`.
     """
     segment, lost = config.segment_length, [*forgotten] or [0]
     offsets = [start % segment for start in starts]
@@ -150,9 +143,8 @@ def plan_call(
         places = offsets[0] + torch.arange(num_columns, device=device)[None]
         first_views = torch.full((1, num_views), -(starts[0] // segment), device=device)
     else:
-        ends, places, first_views, remembered = _place_columns(
-            starts, offsets, is_real, restarts, segment, (len(starts), num_columns), num_views, device
-        )
+        shape = (len(starts), num_columns)
+        ends, places, first_views, remembered = _place_columns(starts, is_real, restarts, segment, shape, device)
     num_writes = max(end // segment - start // segment for start, end in zip(starts, ends, strict=True))
     lead, groups = _group_views(config, starts[0], lost[0], num_columns, num_views) if is_uniform else (0, ())
     segments_after = on_device([end // segment for end in ends], device)
@@ -185,15 +177,15 @@ def plan_call(
 
 def _place_columns(
     starts: list[int],
-    offsets: list[int],
     is_real: torch.Tensor | None,
     restarts: torch.Tensor | None,
     segment: int,
-    shape: tuple[int, int],
-    num_views: int,
-    device: torch.device,
+    shape: Any,
+    device: Any,
 ) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
     """`ends`, `places`, `first_views` and `remembered` of rows that are padded, packed, or at different positions."""
+    offsets = [start % segment for start in starts]
+    num_views = -(-(max(offsets) + shape[1]) // segment)
     columns = torch.arange(shape[1], device=device)
     real = torch.ones(shape, dtype=torch.bool, device=device) if is_real is None else is_real
     begins = torch.zeros_like(real) if restarts is None else restarts
@@ -215,9 +207,7 @@ def _place_columns(
     return ends, places, first_views.cummax(1).values, remembered
 
 
-def _group_views(
-    config: RMTConfig, start: int, lost: int, num_columns: int, num_views: int
-) -> tuple[int, tuple[ViewGroup, ...]]:
+def _group_views(config: RMTConfig, start: int, lost: int, num_columns: int, num_views: int) -> tuple[int, tuple]:
     """`lead` and `groups` of rows that all stand at one position, with memories that hold all writes but `lost`."""
     segment, lookback, prefix = config.segment_length, config.num_lookback_segments, config.prefix_length
     lead = 0
@@ -250,12 +240,10 @@ def find_restarts(
     """
     if position_ids is None:
         return None
-    shapes = {(1, num_columns), (len(starts), num_columns)}
-    if tuple(position_ids.shape) not in shapes:
-        raise ValueError(
-            f"position_ids must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}, got "
-            f"{tuple(position_ids.shape)}: leave position_ids out, the state counts real tokens itself."
-        )
+    shapes, shape = sorted({(1, num_columns), (len(starts), num_columns)}), tuple(position_ids.shape)
+    if shape not in shapes:
+        rule = f"position_ids must be a tensor of shape {' or '.join(map(str, shapes))}, got {shape}"
+        raise ValueError(f"{rule}: leave position_ids out, the state counts real tokens itself.")
     given = position_ids.expand(len(starts), -1)
     real = torch.ones_like(given, dtype=torch.bool) if is_real is None else is_real
     begun, columns = on_device(starts, given.device)[:, None], torch.arange(num_columns, device=given.device)
@@ -269,7 +257,8 @@ def find_restarts(
             f"position_ids contradict the state: row {row}, column {column} is at {expected[row, column]} of its "
             f"stream, got {given[row, column]}. Leave position_ids out: the state counts real tokens itself. "
             "(`generate` makes them from attention_mask: give it one, or every padding id counts as padding.) "
-            "A new document at the beginning of the call wants `past_key_values.reset(rows=...)`, or its own row."
+            "Documents are packed at segment starts, from 0; one at the beginning of the call wants "
+            "`past_key_values.reset(rows=...)`, or its own row."
         )
     if (wrong := restarts & ((begun + columns) % segment != 0)).any():
         row, column = wrong.nonzero()[0].tolist()
@@ -284,24 +273,20 @@ def find_restarts(
 def check_axes(name: str, given: torch.Tensor, axes: tuple[str, ...]) -> None:
     """Refuses inputs with other axes than these, or with nothing in them."""
     if given.dim() != len(axes) or 0 in given.shape:
-        raise ValueError(
-            f"{name} must have {len(axes)} axes, ({', '.join(axes)}), none of them empty; got shape "
-            f"{tuple(given.shape)}. (`generate` with past_key_values wants all columns since the state began, not only "
-            "the new ones.)"
-        )
+        rule = f"{name} must have {len(axes)} axes, ({', '.join(axes)}), none of them empty"
+        hint = "(`generate` with past_key_values wants all columns since the state began.)"
+        raise ValueError(f"{rule}; got shape {tuple(given.shape)}. {hint}")
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
     """Refuses token ids that have no embedding."""
     check_axes("input_ids", input_ids, ("batch", "columns"))
-    if input_ids.is_meta:
-        return
-    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    lowest, highest = (0, 0) if input_ids.is_meta else map(int, input_ids.aminmax())
     if lowest < 0 or highest >= vocab_size:
-        raise ValueError(
-            f"input_ids must lie in 0 .. {vocab_size - 1}, got {lowest} .. {highest}: is it the model's own tokenizer? "
-            "If tokens were added, call model.resize_token_embeddings(len(tokenizer))."
+        rule = (
+            f"input_ids must lie in 0 .. {vocab_size - 1}, got {lowest} .. {highest}: is it the model's own tokenizer?"
         )
+        raise ValueError(f"{rule} If tokens were added, call model.resize_token_embeddings(len(tokenizer)).")
 
 
 def embed(
@@ -340,7 +325,5 @@ def clear_padding(inputs_embeds: torch.Tensor, is_real: torch.Tensor | None, che
 def check_labels(labels: torch.Tensor | None, inputs: torch.Tensor | None) -> None:
     """Refuses labels of another shape before the call changes the state, and not after it."""
     if labels is not None and inputs is not None and labels.shape != inputs.shape[:2]:
-        raise ValueError(
-            f"labels must have the shape of the input, {tuple(inputs.shape[:2])}, got {tuple(labels.shape)}: give one "
-            "label for each column of the call, not shifted, -100 where none is wanted."
-        )
+        rule = f"labels must have the shape of the input, {tuple(inputs.shape[:2])}, got {tuple(labels.shape)}"
+        raise ValueError(f"{rule}: give one label for each column, not shifted, -100 where none is wanted.")

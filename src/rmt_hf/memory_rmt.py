@@ -43,14 +43,14 @@ class Slots(NamedTuple):
         return Slots(keys, values, strengths, self.positions.masked_fill(hidden[..., None], -1))
 
     def replace_rows(self, rows: torch.Tensor, new: "Slots") -> "Slots":
-        """The slots, with those of `new` in the rows where `rows`, (B,) bool, is True."""
+        """The slots, but of `new` in the rows where `rows`, (B,) bool, is True."""
         return Slots(*(where_rows(rows, *pair) for pair in zip(new, self, strict=True)))
 
     @staticmethod
     def empty(like: torch.Tensor, num_slots: int) -> "Slots":
         """Slots (B, M, G, D) of streams that wrote nothing; rows, heads, dtype and device of `like` (B, T, G, D)."""
         keys = like.new_zeros(like.shape[0], num_slots, *like.shape[2:])
-        strengths = torch.full_like(at_least_float32(keys[..., 0]), -torch.inf)
+        strengths = at_least_float32(keys[:0]).new_full(keys.shape[:-1], -torch.inf)
         return Slots(keys, keys.clone(), strengths, torch.full_like(strengths, -1, dtype=torch.int64))
 
 

@@ -198,6 +198,9 @@ class RMTModel(RMTPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """Reads T more columns of B streams: `last_hidden_state` (B, T, E) and `past_key_values`.
 
+        ValueError or TypeError if an input breaks a rule, and nothing has been changed then; RuntimeError if another
+        call, in another thread, is reading with the same state.
+
         Args:
             input_ids: (B, T) int64; this or `inputs_embeds`.
             attention_mask: (B, T) for this call, or (B, columns read before + T); 0 at padding, which may be anywhere.
@@ -206,10 +209,6 @@ class RMTModel(RMTPreTrainedModel):
             past_key_values: The state of the B streams, changed by the call; None begins new streams.
             inputs_embeds: (B, T, E) instead of `input_ids`.
             use_cache: Whether to return a state although none was given.
-
-        Raises:
-            ValueError, TypeError: If an input breaks a rule, or is no RMTCache; nothing has been changed then.
-            RuntimeError: If another call, in another thread, is reading with the same state.
         """
         cache = RMTCache(self.config) if past_key_values is None and use_cache else past_key_values
         if cache is not None:
@@ -359,11 +358,7 @@ class RMTForQuestionAnswering(heads.GenericForQuestionAnswering, RMTPreTrainedMo
 
 
 def chunked_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """The loss of causal language models as transformers defines it, without logits that exist all at once.
-
-    Of hidden states (B, T, E) after the last norm and the weight (V, E) of the projection, a scalar in their dtype. The
-    sum over tokens, in float32 or wider, is divided by `num_items_in_batch`, or the number of tokens that count.
-    """
+    """The loss of transformers, of hidden states (B, T, E) and weights (V, E), without all logits at once."""
     ignored, shifted = kwargs.get("ignore_index", -100), kwargs.get("shift_labels")
     shifted = F.pad(labels[:, 1:], (0, 1), value=ignored) if shifted is None else shifted
     targets, num_items = shifted.flatten().to(hidden.device), kwargs.get("num_items_in_batch")

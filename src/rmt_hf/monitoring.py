@@ -21,7 +21,7 @@ from .cache_rmt import RMTCache
 from .evaluation import evaluation_mode
 from .lane_state import Columns, LaneState, begin_documents
 from .layout_rmt import CallLayout, ViewGroup
-from .memory_rmt import LEAST, RMTRing, Slots, at_least_float32
+from .memory_rmt import LEAST, RMTMemory, RMTRing, Slots, at_least_float32
 from .modeling_rmt import GATE_BIAS, GATE_SCALE, RMTModel
 from .state_rmt import LayerState
 from .training_arguments import RMTTrainingArguments
@@ -201,7 +201,7 @@ def watched(model: RMTModel, columns: Columns, means: list[LayerMeans], notes_re
         for layer, of_layer in zip(model.layers, means, strict=True):
             attention = cast(RMTAttention, layer.self_attn)
             stack.enter_context(fusion_noted(attention.fusion, is_real, of_layer))
-            for ring in attention.memory.rings:
+            for ring in cast(RMTMemory, attention.memory).rings:
                 stack.enter_context(gates_noted(cast(RMTRing, ring), of_layer))
             if notes_reads:
                 stack.enter_context(reads_noted(attention, is_real, of_layer))
@@ -277,7 +277,7 @@ def slot_attention(
     """
     views, heads = layout.num_views, frame.keys.shape[1]
     asked = layout.spread(query, views * attention.segment_length).unflatten(1, (views, -1)).unflatten(3, (heads, -1))
-    keys = attention.columns(frame, prefix, layout, ViewGroup(0, views, 0, 0))[0][..., :num_columns, :]
+    keys = attention.columns(frame, prefix, layout, ViewGroup(0, views, 0, 0), 0, num_columns)[0]
     scores = torch.einsum("bfqgrd,bfgkd->bfqgrk", at_least_float32(asked), at_least_float32(keys)) * attention.scaling
     seen = layout.window_mask(attention.config)[:, :, :, None, None, :num_columns]
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num()  # there may be nothing to see

@@ -140,9 +140,7 @@ def check_finite(tensors: dict[str, torch.Tensor]) -> None:
     """Refuses NaN and infinity; only the strength of a slot that was never written is minus infinity."""
     for name, tensor in tensors.items():
         if not (tensor.isfinite() | (name.endswith("strengths") & (tensor == -torch.inf))).all():
-            raise ValueError(
-                f"A state must be finite, got NaN or infinity in {name}: read with a model that has not diverged."
-            )
+            raise ValueError(f"A state must be finite, got NaN or infinity in {name}: has the model diverged?")
 
 
 def _record_digest(record: dict[str, Any]) -> str:

@@ -39,22 +39,14 @@ class LayerState(NamedTuple):
     The first S columns are segment t - N - 1, which attention does not see; then come the prefix, which is made of
     `memory`, and the segments t - N to t. So one slice holds all that a step sees. The segment more, and memory before
     the last write, make a rewind of up to S tokens exact.
-
-    Args:
-        keys: (B, G, S + P + (N + 1) * S, D), with rotary encoding; columns at or after the clock mean nothing.
-        values: (B, G, S + P + (N + 1) * S, D).
-        scores: (B, (N + 2) * S, G or 0), of each token of the segments.
-        queries: (B, H, 2 * L or 0, D), with rotary encoding, of the last L tokens of the segments t - 1 and t.
-        memory: Slots (B, M, G, D).
-        replaced: Slots (B, K for each part, G, D), the ring groups that the last write has met, as they were before it.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    scores: torch.Tensor
-    queries: torch.Tensor
-    memory: Slots
-    replaced: Slots
+    keys: torch.Tensor  # (B, G, S + P + (N + 1) * S, D), with rotary encoding; nothing from the clock on means anything
+    values: torch.Tensor  # (B, G, S + P + (N + 1) * S, D)
+    scores: torch.Tensor  # (B, (N + 2) * S, G or 0), of each token of the segments
+    queries: torch.Tensor  # (B, H, 2 * L or 0, D), with rotary encoding, of the last L tokens of segments t - 1 and t
+    memory: Slots  # (B, M, G, D)
+    replaced: Slots  # (B, K of each part, G, D), the ring groups that the last write has met, as they were before it
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         return LayerState.from_tensors([function(tensor) for tensor in self.tensors()])
@@ -82,9 +74,8 @@ class LayerState(NamedTuple):
     @staticmethod
     def stack(states: Sequence["LayerState"]) -> "LayerState":
         """One state of all the streams of several, in order."""
-        return LayerState.from_tensors(
-            [torch.cat(each) for each in zip(*(state.tensors() for state in states), strict=True)]
-        )
+        tensors = zip(*(state.tensors() for state in states), strict=True)
+        return LayerState.from_tensors([torch.cat(each) for each in tensors])
 
     @staticmethod
     def empty(sizes: StateSizes, keys: torch.Tensor, scores: torch.Tensor, queries: torch.Tensor) -> "LayerState":
@@ -152,12 +143,9 @@ class LayerState(NamedTuple):
         return self._replace(queries=queries[:, :, :num_columns].contiguous())
 
     def close(self, layout: CallLayout, sizes: StateSizes, prefix: Sequence[torch.Tensor]) -> "LayerState":
-        """The state after a call that has several views or writes: of the frame, N + 2 segments of each row.
+        """The state after a call of several views or with writes: N + 2 segments of the frame for each row.
 
-        Args:
-            layout: Of the call.
-            sizes: Of the state.
-            prefix: Keys and values (B, G, P, D) of the memory after the call.
+        `prefix`: keys and values (B, G, P, D) of the memory after the call.
         """
 
         def cut(states: torch.Tensor, axis: int, segment: int, size: int) -> torch.Tensor:
@@ -190,10 +178,7 @@ class LayerState(NamedTuple):
         return self._replace(keys=keys, values=values)
 
     def rewind_rows(self, rows: torch.Tensor, sizes: StateSizes) -> "LayerState":
-        """The state with the rows where `rows`, (B,) bool, is True a segment back, their last write undone.
-
-        The prefix of these rows is out of date.
-        """
+        """The state with the rows where `rows`, (B,) bool, is True a segment back, but for their prefix."""
         rows, segment = rows.to(self.keys.device), sizes.segment
 
         def shift(old: torch.Tensor, axis: int, size: int) -> torch.Tensor:

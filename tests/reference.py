@@ -71,9 +71,8 @@ class ReferenceModel:
         self.weights = state_dict
         num_slots, num_lasting = config.num_memory_slots, config.num_lasting_slots
         select = config.memory_write == "select"
-        parts = [Part(num_slots, uses_score=select, uses_evidence=select)]
-        if num_lasting is not None:
-            parts = [Part(num_lasting, True, False), Part(num_slots - num_lasting, False, True)]
+        num_lasting = num_slots if num_lasting is None else num_lasting
+        parts = [Part(num_lasting, select, False), Part(num_slots - num_lasting, False, True)]
         self.parts = [part for part in parts if part.num_slots > 0]
 
     def linear(self, name: str, x: Tensor, bias: bool) -> Tensor:
@@ -194,8 +193,7 @@ class ReferenceModel:
         if part.uses_score:
             strengths = strengths + torch.stack([score[g] for score in state.scores[start:end]])
         if part.uses_evidence:
-            scale = self.weights[f"{ring}.evidence_scale"][g] if part.uses_score else 1.0
-            strengths = strengths + scale * self.evidence(state, start, g)
+            strengths = strengths + self.evidence(state, start, g)
         least = strengths.new_tensor(LEAST)
         strength_at = dict(zip(range(start, end), strengths, strict=True))
         if self.config.use_attention_sink and start == 0:

@@ -209,7 +209,7 @@ def read_by_llama(model, memory, hidden_states: torch.Tensor, start: int, first:
         {"num_lasting_slots": 0, "num_key_value_heads": 1},
         {"num_memory_slots": 2, "memory_write": "mean", "use_attention_sink": True, "num_key_value_heads": 4},
     ],
-    ids=["one ring", "two parts", "present", "mean"],
+    ids=["lasting", "two parts", "present", "mean"],
 )
 @torch.no_grad()
 def test_memory_is_a_prefix_of_the_window(fields, lookback):

@@ -189,7 +189,7 @@ def test_optional_fields_follow_the_others():
 @pytest.mark.parametrize(
     ("fields", "parts"),  # slots, whether the score counts, whether the evidence does
     [
-        ({}, ((64, True, True),)),
+        ({}, ((64, True, False),)),
         ({"num_lasting_slots": 16}, ((16, True, False), (48, False, True))),
         ({"num_lasting_slots": 0}, ((64, False, True),)),
         ({"num_lasting_slots": 64}, ((64, True, False),)),

@@ -334,13 +334,10 @@ def test_evidence_of_each_head_is_from_its_own_query_heads():
 SCORES, EVIDENCE = number(0.5, 2, -1, 1.5), number(-3, -1, -0.5, -2)  # of a segment of four tokens
 
 
-def write_one(scale: float = 1.0, sink: bool = False, **fields) -> tuple[RMTMemory, Slots]:
+def write_one(sink: bool = False, **fields) -> tuple[RMTMemory, Slots]:
     """The memory after one segment of four tokens, each its own chunk, was offered to a part or two of four slots."""
     fields = {"chunk_length": 1, "segment_length": 4, "use_attention_sink": sink} | fields
     memory = make_memory(**fields)
-    for ring in memory.rings:
-        if hasattr(ring, "evidence_scale"):
-            torch.nn.init.constant_(ring.evidence_scale, scale)
     keys = TOKEN_KEYS[:, :, :4]
     segments = segments_of(keys, 100 + keys, SCORES[None, None, :, None], EVIDENCE[None, None, :, None])
     return versions(memory, segments)[1].map(lambda tensor: tensor[0, :, 0])
@@ -349,17 +346,6 @@ def write_one(scale: float = 1.0, sink: bool = False, **fields) -> tuple[RMTMemo
 def scaled(*places: int) -> torch.Tensor:
     """Values of these tokens, scaled by the sigmoid of their score and four."""
     return torch.sigmoid(SCORES[[*places]] + 4)[:, None] * tokens(*places)[1][:, 0]
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.0, -2.0])
-def test_one_ring_adds_score_and_evidence(scale):
-    slots = write_one(scale, num_memory_slots=4)
-    strengths = SCORES + scale * EVIDENCE
-    order = strengths.argsort(descending=True).tolist()
-    assert slots.positions.tolist() == order
-    torch.testing.assert_close(slots.strengths, strengths[order], **EXACT)
-    torch.testing.assert_close(slots.values, scaled(*order), **EXACT)
-    assert torch.equal(slots.keys, tokens(*order)[0][:, 0])
 
 
 def test_the_lasting_part_is_by_score_and_the_present_part_by_evidence():
@@ -406,7 +392,7 @@ def test_a_token_is_taken_if_the_gate_is_above_a_half(gate):
 
 
 def test_with_a_sink_the_first_token_is_the_least_in_every_part():
-    for fields in ({"num_lasting_slots": 4}, {"num_lasting_slots": 0}, {}):
+    for fields in ({"num_lasting_slots": 4}, {"num_lasting_slots": 0}):
         slots = write_one(sink=True, num_memory_slots=4, **fields)
         assert (slots.positions[-1], slots.strengths[-1]) == (0, LEAST)
         assert (slots.strengths[:-1] > LEAST).all()
@@ -415,7 +401,7 @@ def test_with_a_sink_the_first_token_is_the_least_in_every_part():
 # The ring: any number of writes at once is one write after the other
 
 FIELDS = {"num_attention_heads": 3, "hidden_size": 6, "num_slots_per_chunk": 2, "chunk_length": 3, "segment_length": 3}
-PARTS = {"one ring": {}, "two parts": {"num_lasting_slots": 2}, "mean": {"memory_write": "mean", "chunk_length": 4}}
+PARTS = {"lasting": {}, "two parts": {"num_lasting_slots": 2}, "mean": {"memory_write": "mean", "chunk_length": 4}}
 
 
 def random_segments(num_writes: int, fields: dict, seed: int = 3) -> Segments:
@@ -563,7 +549,6 @@ RUN_FIELDS = {"hidden_size": 4, "num_attention_heads": 2, "chunk_length": 2, "se
 RING = {f"rings.0.{name}" for name in ("gate_weight", "gate_scale", "gate_bias", "fade")}
 SCORE = {"score_proj.weight", "score_proj.bias"}
 TRAINED = {
-    "one ring": ({"num_memory_slots": 4}, RING | SCORE | {"rings.0.evidence_scale"}),
     "two parts": (
         {"num_memory_slots": 4, "num_lasting_slots": 2},
         RING | SCORE | {name.replace("0", "1") for name in RING},

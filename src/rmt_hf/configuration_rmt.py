@@ -64,7 +64,7 @@ class RMTConfig(PreTrainedConfig):
     segment_length: int = 256  # tokens between two memory writes; a multiple of chunk_length
     num_lookback_segments: int = 1  # full segments before the current one that stay in the window; at least 0
     num_memory_slots: int = 64  # per layer and key/value head; 0 or a multiple of num_slots_per_segment
-    num_lasting_slots: int | None = None  # that keep by the learned score, others by evidence; None: one ring, both
+    num_lasting_slots: int | None = None  # that keep by the learned score, others by evidence; None: all
     num_observing_tokens: int = 16  # last before a write, whose attention is the evidence; 1 to segment_length
     num_slots_per_chunk: int = 1  # candidates of a chunk, 1 to chunk_length; with "mean" a divisor of it
     memory_write: str = "select"  # a chunk gives its strongest tokens; "mean": averages
@@ -109,11 +109,9 @@ class RMTConfig(PreTrainedConfig):
     @property
     def memory_parts(self) -> tuple[tuple[int, bool, bool], ...]:
         """The rings of memory: number of slots, whether the score counts for them, and whether the evidence does."""
-        selects, lasting = self.memory_write == "select", self.num_lasting_slots
-        if lasting is None:
-            parts = [(self.num_memory_slots, selects, selects)]
-        else:
-            parts = [(lasting, True, False), (self.num_memory_slots - lasting, False, True)]
+        slots, lasting = self.num_memory_slots, self.num_lasting_slots
+        lasting = slots if lasting is None else lasting
+        parts = (lasting, self.memory_write == "select", False), (slots - lasting, False, True)
         return tuple(part for part in parts if part[0])
 
     @property
@@ -137,9 +135,8 @@ class RMTConfig(PreTrainedConfig):
         names = dict.fromkeys(("mlp.down_proj", "self_attn.o_proj"), "rowwise")
         by_head = ["q_proj", "k_proj", "v_proj", *(["sink.key", "sink.value"] if self.use_attention_sink else [])]
         whole = ["q_norm", "k_norm"] if self.use_qk_norm else []
-        for _, uses_score, uses_evidence in self.memory_parts:
+        for _, uses_score, _ in self.memory_parts:
             ring = ["gate_weight", "gate_scale", "gate_bias", "fade"]
-            ring += ["evidence_scale"] if uses_score and uses_evidence else []
             by_head += [f"memory.rings.*.{name}" for name in ring] + ["memory.score_proj"] * uses_score
         if self.fusion_type == "softmax" and (self.prefix_length or self.use_local_attention):
             whole += ["fusion"]

@@ -98,22 +98,20 @@ def set_rings(model: RMTForCausalLM, **values: float) -> None:
             torch.nn.init.constant_(getattr(ring, name), value)
 
 
-# The default is one ring whose strength is score and evidence, gates that mostly keep and no fade at the start, 16
-# observing tokens, one candidate a chunk: every other row is one step away from it.
+# The default keeps by the score alone, with gates that mostly keep and no fade at the start, and one candidate a chunk:
+# every other row is one step away from it.
 ROWS = {
     "default": Row(),
     "no memory": Row(fields(num_memory_slots=0)),
     "sink": Row(fields(use_attention_sink=True)),
     "no memory, sink": Row(fields(num_memory_slots=0, use_attention_sink=True)),
     "paper": Row(paper_form),
-    "score alone": Row(lasting(1)),
     "evidence alone": Row(lasting(0)),
     "two parts, halves": Row(lasting(1 / 2)),
     "two parts, a quarter lasting": Row(lasting(1 / 4)),
     "mean write": Row(fields(memory_write="mean")),
     "no local path": Row(fields(use_local_attention=False)),
-    "8 observing tokens": Row(fields(num_observing_tokens=8)),
-    "32 observing tokens": Row(fields(num_observing_tokens=32), is_for_text_alone=True),  # no segment is so long
+    "evidence alone, 8 observing tokens": Row(fields(num_lasting_slots=0, num_observing_tokens=8)),
     "groups of a quarter": Row(groups(1 / 4), is_for_text_alone=True),  # as they are by default
     "one group": Row(groups(1)),
     "fade 0.1": Row(prepare=partial(set_rings, fade=0.1)),

@@ -31,8 +31,8 @@ def state_tensors(cache: RMTCache) -> list[torch.Tensor]:
         raise ValueError("The state must have read something, got an empty one: read the prompt with the model first.")
     if cache.is_stale or any(cache.forgotten):
         raise ValueError(
-            "The state must be as reading has left it, got one that was cropped or edited since: read on with the model "
-            "first, and leave memory as it was written."
+            "The state must be as reading has left it, got one that was cropped or edited since: read on with the "
+            "model first, and leave memory as it was written."
         )
     return [tensor.clone() for tensor in cache.tensors()[:-1]]  # the last says which columns were padding
 

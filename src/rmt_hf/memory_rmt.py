@@ -5,7 +5,7 @@ segment, M slots, G key/value heads, H query heads, D head width, E hidden size,
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -83,7 +83,7 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 def own_heads(parameter: torch.Tensor) -> torch.Tensor:
     """A parameter (heads, ...), or where tensor parallelism shards it, the heads of this process."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter  # type: ignore[operator]
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
 
 
 def zero_of(module: nn.Module) -> torch.Tensor:
@@ -131,8 +131,6 @@ class RMTRing(nn.Module):
         self.gate_scale = nn.Parameter(torch.empty(heads))
         self.gate_bias = nn.Parameter(torch.empty(heads))
         self.fade = nn.Parameter(torch.empty(heads))
-        if uses_score and uses_evidence:
-            self.evidence_scale = nn.Parameter(torch.empty(heads))
 
     def forward(
         self, memory: Slots, segments: Segments | None, taken: torch.Tensor | None = None
@@ -175,8 +173,6 @@ class RMTRing(nn.Module):
 
     def strengths(self, segments: Segments) -> torch.Tensor | None:
         """What decides which tokens of leaving segments are kept, (B, W, S, G); None for averages."""
-        if self.uses_score and self.uses_evidence:
-            return segments.scores + at_least_float32(own_heads(self.evidence_scale)) * segments.evidence
         return segments.scores if self.uses_score else segments.evidence
 
     def candidates(self, segments: Segments, taken: torch.Tensor | None) -> tuple[Slots, torch.Tensor | None]:
@@ -252,10 +248,12 @@ class RMTRing(nn.Module):
 class RMTMemory(nn.Module):
     """The rings of a layer, and the score that is learned for the tokens they choose from."""
 
+    rings: Any  # a list of RMTRing
+
     def __init__(self, config: RMTConfig) -> None:
         super().__init__()
         self.rings = nn.ModuleList([RMTRing(config, *part) for part in config.memory_parts])
-        uses_score, self.uses_evidence = (any(part[i] for part in config.memory_parts) for i in (1, 2))
+        uses_score = any(ring.uses_score for ring in self.rings)
         self.score_proj = nn.Linear(config.hidden_size, config.key_value_shape[0]) if uses_score else None
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -269,25 +267,24 @@ class RMTMemory(nn.Module):
 
         Gives the stages of each part, for `version` to read, and a zero with a gradient for every parameter.
         """
-        stages, taken, anchors, first = [], None, [], 0
-        for ring in self.rings:
-            part = memory.map(lambda tensor, first=first, ring=ring: tensor[:, first : first + ring.num_slots])
-            of_part, taken, anchor = ring(part, segments, taken)
+        stages, taken, zero = [], None, 0
+        parts = zip(*(tensor.split([ring.num_slots for ring in self.rings], 1) for tensor in memory), strict=True)
+        for ring, part in zip(self.rings, parts, strict=True):
+            of_part, taken, anchor = ring(Slots(*part), segments, taken)
             stages.append(of_part)
-            anchors.append(anchor)
-            first += ring.num_slots
-        return stages, torch.stack(anchors).sum()
+            zero = zero + anchor
+        return stages, cast(torch.Tensor, zero)
 
     def version(self, stages: list[Slots], num_writes: torch.Tensor) -> Slots:
         """Memory after a number of writes: slots (B, V, M, G, D), see `RMTRing.version`."""
-        parts = [ring.version(of_part, num_writes) for ring, of_part in zip(self.rings, stages, strict=True)]  # type: ignore[operator]
+        parts = [ring.version(of_part, num_writes) for ring, of_part in zip(self.rings, stages, strict=True)]
         return parts[0] if len(parts) == 1 else Slots(*(torch.cat(each, 2) for each in zip(*parts, strict=True)))
 
     def written_before(self, num_writes: torch.Tensor) -> torch.Tensor:
         """Which write of the call each slot of a version is of, negative before the call: (..., V) to (..., V, M)."""
         numbers = []
         for ring in self.rings:
-            groups = torch.arange(-ring.num_groups, 0, device=num_writes.device)  # type: ignore[arg-type]
-            groups = groups.repeat_interleave(ring.num_slots // ring.num_groups)  # type: ignore[operator,arg-type]
+            groups = torch.arange(-ring.num_groups, 0, device=num_writes.device)
+            groups = groups.repeat_interleave(ring.num_slots // ring.num_groups)
             numbers.append(num_writes[..., None] + groups)
         return torch.cat(numbers, -1)

@@ -37,7 +37,7 @@ MEMORIZE_TOKENS = 4096  # tokens of all rows in one call of `memorize`: on a CPU
 GATE_SCALE, GATE_BIAS, FADE = 1.0, -2.0, 0.0  # how gates of memory begin: a slot is mostly kept, and does not fade
 # First values of rings and fusion: every slot is treated alike, and the paths have equal shares.
 FIRST_VALUES = {"gate_weight": 0.0, "gate_scale": GATE_SCALE, "gate_bias": GATE_BIAS, "fade": FADE}
-FIRST_VALUES |= {"evidence_scale": 1.0, "scale": 1.0, "logits": 0.0}
+FIRST_VALUES |= {"scale": 1.0, "logits": 0.0}
 
 
 class RMTMLP(nn.Module):

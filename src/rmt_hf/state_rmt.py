@@ -212,9 +212,12 @@ class LayerState(NamedTuple):
     def reset_rows(self, rows: torch.Tensor) -> "LayerState":
         """The state with the rows where `rows`, (B,) bool, is True empty: zeros, and no slot written."""
         rows = rows.to(self.keys.device)
-        tensors = (tensor.masked_fill(rows.reshape(-1, *[1] * (tensor.dim() - 1)), 0) for tensor in self[:4])
-        slots = (each.forget(rows[:, None].expand(each.strengths.shape[:2])) for each in self[4:])
-        return LayerState(*tensors, *slots)
+        masks = (rows.reshape(-1, *[1] * (tensor.dim() - 1)) for tensor in self[:4])
+        keys, values, scores, queries = (
+            tensor.masked_fill(mask, 0) for tensor, mask in zip(self[:4], masks, strict=True)
+        )
+        memory, replaced = (each.forget(rows[:, None].expand(each.strengths.shape[:2])) for each in self[4:])
+        return LayerState(keys, values, scores, queries, memory, replaced)
 
 
 def oldest_groups(memory: Slots, sizes: StateSizes) -> Slots:

@@ -44,7 +44,7 @@ def read(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     state.save_pretrained(args.state)  # refuses what is not finite
     live = [tensor for layer in state.layers for tensor in (*layer.state[:4], *layer.state.memory[:2])]
-    largest = max(tensor.abs().max().item() for tensor in live)
+    largest = max(tensor.abs().max().item() for tensor in live if tensor.numel())
     cost = {"tokens": state.positions[0], "seconds": seconds, "peak_bytes": peak_bytes(), "state_bytes": state.nbytes}
     print(json.dumps({**cost, "largest_number": largest}))
 

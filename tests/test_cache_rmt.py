@@ -738,3 +738,9 @@ def test_an_emptied_memory_is_not_seen_and_filled_again(form, before):
         results.append((logits, *(tensor for layer in cache.layers for tensor in layer.state.memory)))
     for found in results[1:]:
         torch.testing.assert_close(found, results[0], **CLOSE)
+    if model.config.fusion_type == "gated":  # until the next write, a model without memory says the same
+        without = tiny_model(num_hidden_layers=1, **FORMS[form] | {"num_memory_slots": 0, "num_lasting_slots": None})
+        without.load_state_dict(model.state_dict(), strict=False)
+        wanted, _ = read(without, torch.cat([beginning, recent, more[:, : S - before % S]], 1))
+        start = before + 4 * S
+        torch.testing.assert_close(results[0][0][:, : S - before % S], wanted[:, start:], **CLOSE)

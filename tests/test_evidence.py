@@ -48,10 +48,10 @@ def test_forms_have_one_size_and_one_state(name, base):
     wanted = num_parameters(evidence.build(evidence.ROWS["default"], base, 0)).non_embedding
     assert abs(num_parameters(model).non_embedding - wanted) < 0.01 * wanted
     config = model.config
-    columns = (config.num_lookback_segments + 2) * config.segment_length + 3 * config.num_memory_slots
+    columns = (config.num_lookback_segments + 2) * config.segment_length + 2 * config.num_memory_slots
     if config.num_memory_slots:  # to a ring group of slots
-        wanted = 3 * base.segment_length + 3 * base.num_memory_slots
-        assert abs(columns - wanted) <= 3 * base.num_slots_per_segment / 2
+        wanted = 3 * base.segment_length + 2 * base.num_memory_slots
+        assert abs(columns - wanted) <= base.num_slots_per_segment
 
 
 def test_every_row_differs_from_the_default_and_from_every_other():

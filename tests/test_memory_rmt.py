@@ -237,7 +237,7 @@ TOKEN_KEYS = number(*[[t, 10 + t] for t in range(8)])[None, None, :, None]  # (1
 def offered(scores: torch.Tensor, keys: torch.Tensor = TOKEN_KEYS, **fields) -> Slots:
     """The candidates (K, G, ...) of one row with one segment of two chunks of 4, their values not scaled."""
     memory = make_memory(chunk_length=4, segment_length=8, **{"num_memory_slots": 24, "num_lasting_slots": 0} | fields)
-    evidence = scores[None, None] if memory.uses_evidence else None
+    evidence = scores[None, None] if memory.rings[0].uses_evidence else None
     slots, _ = memory.rings[0].candidates(segments_of(keys, 100 + keys, evidence=evidence), None)
     return slots.map(lambda tensor: tensor[0, 0])
 

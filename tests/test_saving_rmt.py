@@ -37,6 +37,7 @@ def assert_same(one: RMTCache, other: RMTCache) -> None:
 def test_a_stream_goes_on_bit_for_bit(form, dtype, tmp_path):
     model = tiny_model(dtype=dtype, **FORMS[form])
     cache = ragged_state(model)
+    cache.crop(-1)  # one row goes back into the segment before, so that its prefix is out of date
     cache.save_pretrained(tmp_path / "new" / "folder")
     loaded = RMTCache.from_pretrained(tmp_path / "new" / "folder", model)
     assert_same(loaded, cache)

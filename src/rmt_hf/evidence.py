@@ -77,13 +77,11 @@ def groups(share: float) -> Callable[[RMTConfig], dict[str, Any]]:
 def without_lookback(base: RMTConfig) -> dict[str, Any]:
     """No segment before the current one; the state bytes that it took go to memory.
 
-    A slot is there three times: in memory, in memory before the last write, and in the prefix of the window.
+    A slot is there twice: in memory, and in the prefix of the window.
     """
     group = base.num_slots_per_segment
-    return {
-        "num_lookback_segments": 0,
-        "num_memory_slots": base.num_memory_slots + group * round(base.segment_length / 3 / group),
-    }
+    num_more = group * round(base.segment_length / 2 / group)
+    return {"num_lookback_segments": 0, "num_memory_slots": base.num_memory_slots + num_more}
 
 
 def paper_form(base: RMTConfig) -> dict[str, Any]:

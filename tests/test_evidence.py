@@ -102,13 +102,12 @@ def test_a_peer_in_our_time_reads_its_share_of_text_alone_and_rows_come_in_order
 @pytest.mark.parametrize("base", BASES, ids=["recall", "text"])
 def test_parts_groups_and_gates_are_what_they_say(base):
     slots = base.num_memory_slots
-    built = {
-        name: evidence.build(evidence.ROWS[name], base, 0)
-        for name in evidence.ROWS
-        if evidence.ROWS[name].peer is None and (base is BASES[1] or name != "32 observing tokens")
-    }
+    forms = [name for name, row in evidence.ROWS.items() if row.peer is None]
+    built = {name: evidence.build(evidence.ROWS[name], base, 0) for name in forms}
     sizes = {name: [part[0] for part in model.config.memory_parts] for name, model in built.items()}
-    assert sizes["default"] == sizes["score alone"] == sizes["evidence alone"] == [slots]
+    assert sizes["default"] == sizes["evidence alone"] == [slots]
+    uses = {name: model.config.memory_parts[0][1:] for name, model in built.items() if model.config.num_memory_slots}
+    assert uses["default"] == (True, False) and uses["evidence alone"] == (False, True)  # score, evidence
     assert sizes["two parts, halves"] == [slots // 2, slots // 2]
     assert sizes["two parts, a quarter lasting"] == [slots // 4, slots - slots // 4]
     for name, share in {"one group": 1, "groups of a quarter": 4}.items():

@@ -74,7 +74,7 @@ def test_all_code_and_the_names_of_all_classes_are_saved(registered: dict, regis
         for name in TRAVELLING:
             assert (folder / name).read_text("utf-8") == (SOURCE / name).read_text("utf-8")
         assert auto_map(folder) == ALL_CLASSES
-    ids = tiny_ids(1, 6 * S)  # not few rows, whose bits depend on where weights lie (RMTLinear)
+    ids = tiny_ids(1, 6 * S)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     assert type(loaded) is RMTForCausalLM  # where the package is imported, it wins over the copy
     assert torch.equal(loaded(ids).logits, model(ids).logits)

@@ -83,10 +83,6 @@ class RMTPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = _can_compile_fullgraph = False
     _can_record_outputs = {"hidden_states": RMTDecoderLayer, "attentions": RMTAttention}
 
-    def __init__(self, config: RMTConfig, *args: Any, **kwargs: Any) -> None:
-        config.validate_architecture()  # fields may have been set, or overridden in `from_pretrained`, since then
-        super().__init__(config, *args, **kwargs)
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """As Llama: linear and embedding weights normal (`initializer_range`), biases 0, norms 1. The sink's key is
@@ -176,6 +172,7 @@ class RMTModel(RMTPreTrainedModel):
     """
 
     def __init__(self, config: RMTConfig) -> None:
+        config.validate_architecture()  # fields may have been set since it was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([RMTDecoderLayer(config, index) for index in range(config.num_hidden_layers)])

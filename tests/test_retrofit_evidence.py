@@ -77,8 +77,10 @@ def test_contenders_have_our_window_or_our_state(evidence):
     assert 0 <= theirs - ours < theirs / equal
     one_segment = add_memory(source, use_local_attention=False, num_lookback_segments=0, **FIELDS)
     assert list(contenders(one_segment, source))[4] == f"window of {S} and sink"
+    keys = WINDOW + model.config.num_memory_slots
+    assert names[5] == f"window of {keys} and sink, our keys"
     with_sink = window_with_sink(source, equal // 3)
-    assert names[5].startswith(f"window of {with_sink.config.window_length} and sink")
+    assert names[6].startswith(f"window of {with_sink.config.window_length} and sink")
     assert abs(state_bytes(with_sink, 1, 4 * equal) - ours) <= 3 * theirs / equal
 
 

@@ -249,8 +249,8 @@ class RMTAttention(nn.Module):
             keep_state: Whether to return a state.
 
         Returns:
-            (B, T, E); weights over prefix and window (B, H, T, P + (N + 1) * S), or (B, H, T, T) of new streams that
-            are no longer than the window, if the implementation gives them; the state.
+            (B, T, E); weights over prefix and window (B, H, T, P + (N + 1) * S), or (B, H, T, T) of new streams
+            without padding that are no longer than the window, if the implementation gives them; the state.
         """
         query, key = (rotate(self.heads(name, hidden_states), *tables.columns) for name in "qk")
         value = self.heads("v", hidden_states)
@@ -282,6 +282,10 @@ class RMTAttention(nn.Module):
         """(B, T, heads, D) of a projection, normalised per head where that is so."""
         states = getattr(self, f"{name}_proj")(hidden_states).unflatten(-1, (-1, self.head_dim))
         return getattr(self, f"{name}_norm")(states) if self.use_qk_norm and name != "v" else states
+
+    def prefix_in(self, layout: CallLayout) -> int:
+        """Columns of the prefix in the frame of a call: with several views, each has a prefix of its own outside."""
+        return self.prefix_length if layout.num_views == 1 else 0
 
     def anchor(self, scores: torch.Tensor, frame: LayerState) -> torch.Tensor:
         """Zero, with a gradient of zero for all that a short row does not use: no call leaves a parameter out."""
@@ -352,7 +356,7 @@ class RMTAttention(nn.Module):
         found, segment = [], self.segment_length
         for index, states in enumerate(frame[:2]):
             if not group.end:
-                at = self.window_length + (self.prefix_length if layout.num_views == 1 else 0)
+                at = self.window_length + self.prefix_in(layout)
                 found.append(states[:, None, :, at : at + layout.lead])
             elif layout.num_views == 1:
                 found.append(states[:, None, :, segment + start : segment + stop])
@@ -369,7 +373,7 @@ class RMTAttention(nn.Module):
     ) -> torch.Tensor:
         """Local attention: each token sees its own chunk, (B, T, H, D)."""
         segment, chunk, batch = self.segment_length, self.chunk_length, len(query)
-        first = self.window_length + (self.prefix_length if layout.num_views == 1 else 0)
+        first = self.window_length + self.prefix_in(layout)
         keys, values = frame.keys[:, :, first:], frame.values[:, :, first:]
         if mask is not None:
             return attend(self, query, keys, values, mask)[0]
@@ -391,7 +395,7 @@ class RMTAttention(nn.Module):
         """Every stage of memory in a call: see `RMTMemory.forward`. Segment 1 + w of the frame is the w-th written."""
         memory, count, length = cast(RMTMemory, self.memory), layout.num_writes, self.sizes.queries
         segment, device = self.segment_length, frame.keys.device
-        first = segment + (self.prefix_length if layout.num_views == 1 else 0)
+        first = segment + self.prefix_in(layout)
         rotated, values = (
             states[:, :, first : first + count * segment].unflatten(2, (-1, segment)).transpose(1, 2)
             for states in frame[:2]

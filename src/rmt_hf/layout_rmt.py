@@ -216,14 +216,15 @@ def _group_views(config: RMTConfig, start: int, lost: int, num_columns: int, num
         lead = min(num_columns, config.window_length)
     end = (start % segment + num_columns) if num_views == 1 else segment
     groups: list[ViewGroup] = []
+    rings, group = [size for size, *_ in config.memory_parts], config.num_slots_per_segment
+    sink = int(config.use_attention_sink)
     for view in range(-(-lead // segment), num_views):
         written = start // segment + view - lookback
         if written <= 0:
             first = prefix - written * segment
         else:
-            num_slots = max(0, written - lost) * config.num_slots_per_segment
-            slots = (min(size, num_slots) for size, *_ in config.memory_parts)
-            first = prefix - sum(slots) - config.use_attention_sink
+            num_slots = max(0, written - lost) * group
+            first = prefix - sum(min(size, num_slots) for size in rings) - sink
         if groups and groups[-1].start == first:
             groups[-1] = groups[-1]._replace(end=view + 1)
         else:

@@ -243,10 +243,9 @@ class ReferenceModel:
         """The gated write of a candidate over an old slot."""
         if old is None:
             return new
-        weight, scale, bias, fade = (
-            self.weights[f"{ring}.{kind}"][g] for kind in ("gate_weight", "gate_scale", "gate_bias", "fade")
-        )
-        faded = old.strength - fade
+        weight, scale, bias = (self.weights[f"{ring}.{kind}"][g] for kind in ("gate_weight", "gate_scale", "gate_bias"))
+        fades = f"{ring}.fade" in self.weights  # what lasts does not fade
+        faded = old.strength - self.weights[f"{ring}.fade"][g] if fades else old.strength
         logit = weight @ torch.cat([old.key, old.value, new.key, new.value]) + scale * (new.strength - faded) + bias
         gamma = torch.clamp(1.2 * torch.sigmoid(logit) - 0.1, 0, 1)
         if new.strength.item() <= LEAST / 2:

@@ -177,7 +177,8 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
                 if name not in tensors and matches(pattern, name) is not None:
                     parameter.fill_(value)
         for ring in (module for module in model.modules() if isinstance(module, RMTRing)):
-            ring.fade.fill_(PRESENT_FADE if ring.uses_evidence else 0.0)
+            if ring.fade is not None:
+                ring.fade.fill_(PRESENT_FADE)
     if config.use_attention_sink:
         _copy_sink(source, model)
     if source.generation_config is not None:

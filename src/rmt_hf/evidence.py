@@ -32,7 +32,7 @@ from .tasks import TaskBatch, accuracy
 
 
 NUM_QUESTIONS = 16
-RECALL_SEGMENT, RECALL_CHUNK = 16, 4  # tokens
+RECALL_SEGMENT, RECALL_CHUNK = 8, 2  # tokens
 
 
 class Row(NamedTuple):
@@ -64,14 +64,9 @@ def lasting(share: float) -> Callable[[RMTConfig], dict[str, Any]]:
     return lambda base: {"num_lasting_slots": round(share * base.num_memory_slots)}
 
 
-def groups(share: float) -> Callable[[RMTConfig], dict[str, Any]]:
-    """Ring groups of `share` of all slots: more tokens of each chunk are candidates; chunks stay as they are."""
-
-    def candidates(base: RMTConfig) -> dict[str, Any]:
-        num_chunks = base.segment_length // base.chunk_length
-        return {"num_slots_per_chunk": round(share * base.num_memory_slots) // num_chunks}
-
-    return candidates
+def candidates(share: float) -> Callable[[RMTConfig], dict[str, Any]]:
+    """Ring groups of `share` of a segment: more tokens of each chunk are candidates; chunks stay as they are."""
+    return lambda base: {"num_slots_per_chunk": round(share * base.chunk_length)}
 
 
 def without_lookback(base: RMTConfig) -> dict[str, Any]:
@@ -96,8 +91,8 @@ def set_rings(model: RMTForCausalLM, **values: float) -> None:
             torch.nn.init.constant_(getattr(ring, name), value)
 
 
-# The default keeps by the score alone, with gates that mostly keep and no fade at the start, and one candidate a chunk:
-# every other row is one step away from it.
+# The default keeps by the score alone, with gates that mostly keep, and one candidate a chunk: every other row is one
+# step away from it.
 ROWS = {
     "default": Row(),
     "no memory": Row(fields(num_memory_slots=0)),
@@ -106,15 +101,21 @@ ROWS = {
     "paper": Row(paper_form),
     "evidence alone": Row(lasting(0)),
     "two parts, halves": Row(lasting(1 / 2)),
-    "two parts, a quarter lasting": Row(lasting(1 / 4)),
+    "two parts, a quarter lasting": Row(lasting(1 / 4), is_for_text_alone=True),
     "mean write": Row(fields(memory_write="mean")),
     "no local path": Row(fields(use_local_attention=False)),
-    "evidence alone, 8 observing tokens": Row(fields(num_lasting_slots=0, num_observing_tokens=8)),
-    "groups of a quarter": Row(groups(1 / 4), is_for_text_alone=True),  # as they are by default
-    "one group": Row(groups(1)),
-    "fade 0.1": Row(prepare=partial(set_rings, fade=0.1)),
-    "fade 0.4": Row(prepare=partial(set_rings, fade=0.4)),
+    "evidence alone, 8 observing tokens": Row(
+        fields(num_lasting_slots=0, num_observing_tokens=8), is_for_text_alone=True
+    ),
+    "evidence alone, 32 observing tokens": Row(
+        fields(num_lasting_slots=0, num_observing_tokens=32), is_for_text_alone=True
+    ),
+    "evidence alone, fade 0.1": Row(lasting(0), prepare=partial(set_rings, fade=0.1)),
+    "evidence alone, fade 0.4": Row(lasting(0), prepare=partial(set_rings, fade=0.4)),
+    "groups of half a segment": Row(candidates(1 / 2), is_for_text_alone=True),
+    "groups of a segment": Row(candidates(1)),
     "half-open gates": Row(prepare=partial(set_rings, gate_bias=0.0)),
+    "gate bias -3": Row(prepare=partial(set_rings, gate_bias=-3.0)),
     "hard gates": Row(prepare=partial(set_rings, gate_scale=8.0)),
     "no lookback": Row(without_lookback),
     "no query/key norm": Row(fields(use_qk_norm=False)),
@@ -197,7 +198,7 @@ def train(model: PreTrainedModel, dataset: Any, collator: Any, args: argparse.Na
 
 
 def recall_config() -> RMTConfig:
-    """A window of two segments of 16 tokens, and as many slots as a segment has tokens."""
+    """A window of two segments of 8 tokens, and as many slots as a segment has tokens: two segments fill them."""
     return RMTConfig(
         vocab_size=VOCABULARY,
         hidden_size=64,
@@ -206,7 +207,8 @@ def recall_config() -> RMTConfig:
         num_attention_heads=4,
         chunk_length=RECALL_CHUNK,
         segment_length=RECALL_SEGMENT,
-        num_memory_slots=16,
+        num_memory_slots=8,
+        num_observing_tokens=8,
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=None,
@@ -241,7 +243,7 @@ def run_recall(model: PreTrainedModel, seed: int, args: argparse.Namespace) -> d
 
 
 def text_config(vocab_size: int, token_id: int) -> RMTConfig:
-    """A window of two segments of 32 tokens, and as many slots as a segment has tokens."""
+    """A window of two segments of 32 tokens, and 64 slots."""
     return RMTConfig(
         vocab_size=vocab_size,
         hidden_size=128,
@@ -250,7 +252,7 @@ def text_config(vocab_size: int, token_id: int) -> RMTConfig:
         num_attention_heads=4,
         chunk_length=8,
         segment_length=32,
-        num_memory_slots=32,
+        num_memory_slots=64,
         initializer_range=0.08,
         tie_word_embeddings=True,
         bos_token_id=token_id,

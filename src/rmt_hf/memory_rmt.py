@@ -130,7 +130,7 @@ class RMTRing(nn.Module):
         self.gate_weight = nn.Parameter(torch.empty(heads, 4 * width))
         self.gate_scale = nn.Parameter(torch.empty(heads))
         self.gate_bias = nn.Parameter(torch.empty(heads))
-        self.fade = nn.Parameter(torch.empty(heads))
+        self.fade = nn.Parameter(torch.empty(heads)) if uses_evidence else None  # what lasts does not fade
 
     def forward(
         self, memory: Slots, segments: Segments | None, taken: torch.Tensor | None = None
@@ -211,7 +211,8 @@ class RMTRing(nn.Module):
         """
         old = old.take(in_steps(old.strengths).sort(dim=2, stable=True).indices, 2)
         is_empty = old.strengths == -torch.inf
-        kept = old.strengths.masked_fill(is_empty, 0) - at_least_float32(own_heads(self.fade))
+        kept = old.strengths.masked_fill(is_empty, 0)
+        kept = kept if self.fade is None else kept - at_least_float32(own_heads(self.fade))
         offered = new.strengths.clamp_min(2 * LEAST)  # what is not there at all only ever meets empty slots
         takes = is_empty | ((kept <= LEAST / 2) & (offered > LEAST / 2))
         gate = self.openness(old, new, kept, offered)

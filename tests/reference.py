@@ -243,9 +243,11 @@ class ReferenceModel:
         """The gated write of a candidate over an old slot."""
         if old is None:
             return new
-        weight, scale, bias = (self.weights[f"{ring}.{kind}"][g] for kind in ("gate_weight", "gate_scale", "gate_bias"))
-        fades = f"{ring}.fade" in self.weights  # what lasts does not fade
-        faded = old.strength - self.weights[f"{ring}.fade"][g] if fades else old.strength
+        weight, bias = self.weights[f"{ring}.gate_weight"][g], self.weights[f"{ring}.gate_bias"][g]
+        # Averages are all of one strength, and what lasts does not fade.
+        zeros = torch.zeros_like(bias).expand(self.config.num_key_value_heads)
+        scale, fade = (self.weights.get(f"{ring}.{kind}", zeros)[g] for kind in ("gate_scale", "fade"))
+        faded = old.strength - fade
         logit = weight @ torch.cat([old.key, old.value, new.key, new.value]) + scale * (new.strength - faded) + bias
         gamma = torch.clamp(1.2 * torch.sigmoid(logit) - 0.1, 0, 1)
         if new.strength.item() <= LEAST / 2:

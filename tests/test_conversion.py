@@ -141,7 +141,7 @@ def test_gates_keep_the_strongest_tokens() -> None:
     model = add_memory(make_source("llama"), **FIELDS, num_lasting_slots=8)
     for layer in model.model.layers:
         lasting, present = layer.self_attn.memory.rings
-        assert not lasting.fade.any() and present.fade.eq(PRESENT_FADE).all()
+        assert lasting.fade is None and present.fade.eq(PRESENT_FADE).all()
         slots = Slots.empty(torch.zeros(2, 1, 2, 8).double(), 1).map(lambda tensor: tensor[:, None])
         kept, offered = (torch.tensor(strengths)[:, None, None, None] for strengths in ([0.5, 0.0], [0.0, 0.5]))
         for ring in (lasting, present):
@@ -230,13 +230,14 @@ def test_tensors_are_shared_not_copied() -> None:
     assert all(parameter.data_ptr() == ours[name].data_ptr() for name, parameter in theirs.items())
 
 
-RING = ("gate_weight", "gate_scale", "gate_bias", "fade")
+RING = ("gate_weight", "gate_scale", "gate_bias")
 TRAINED = {
-    "default": (FIELDS, [f"memory.rings.0.{name}" for name in RING]),
+    "default": (FIELDS, [f"memory.rings.0.{name}" for name in (*RING, "fade")]),
     "lasting slots and a local path": (
         {**LOCAL, "num_lasting_slots": 8},
         [
             *(f"memory.rings.{ring}.{name}" for ring in (0, 1) for name in RING),
+            "memory.rings.1.fade",
             *("memory.score_proj.weight", "memory.score_proj.bias"),
             *("fusion.gate.weight", "fusion.gate.bias", "fusion.scale"),
         ],

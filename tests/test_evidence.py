@@ -102,22 +102,29 @@ def test_a_peer_in_our_time_reads_its_share_of_text_alone_and_rows_come_in_order
 @pytest.mark.parametrize("base", BASES, ids=["recall", "text"])
 def test_parts_groups_and_gates_are_what_they_say(base):
     slots = base.num_memory_slots
-    forms = [name for name, row in evidence.ROWS.items() if row.peer is None]
+    is_text = base.segment_length != evidence.RECALL_SEGMENT
+    rows = evidence.ROWS.items()
+    forms = [name for name, row in rows if row.peer is None and (is_text or not row.is_for_text_alone)]
     built = {name: evidence.build(evidence.ROWS[name], base, 0) for name in forms}
     sizes = {name: [part[0] for part in model.config.memory_parts] for name, model in built.items()}
     assert sizes["default"] == sizes["evidence alone"] == [slots]
     uses = {name: model.config.memory_parts[0][1:] for name, model in built.items() if model.config.num_memory_slots}
     assert uses["default"] == (True, False) and uses["evidence alone"] == (False, True)  # score, evidence
     assert sizes["two parts, halves"] == [slots // 2, slots // 2]
-    assert sizes["two parts, a quarter lasting"] == [slots // 4, slots - slots // 4]
-    for name, share in {"one group": 1, "groups of a quarter": 4}.items():
-        assert built[name].config.num_slots_per_segment * share == slots
+    for name, share in {"groups of a segment": 1, "groups of half a segment": 2}.items():
+        if name not in built:
+            continue
+        assert built[name].config.num_slots_per_segment * share == base.segment_length
         assert built[name].config.chunk_length == base.chunk_length
-    begin = (GATE_SCALE, GATE_BIAS, FADE)
-    gates = {"default": begin, "fade 0.1": (*begin[:2], 0.1), "fade 0.4": (*begin[:2], 0.4)}
-    gates |= {"hard gates": (8.0, *begin[1:]), "half-open gates": (GATE_SCALE, 0.0, FADE)}
+    if is_text:
+        assert sizes["two parts, a quarter lasting"] == [slots // 4, slots - slots // 4]
+    begin = (GATE_SCALE, GATE_BIAS)
+    gates = {"default": begin, "hard gates": (8.0, GATE_BIAS), "half-open gates": (GATE_SCALE, 0.0)}
+    gates |= {"gate bias -3": (GATE_SCALE, -3.0), "evidence alone": (*begin, FADE)}
+    gates |= {f"evidence alone, fade {fade}": (*begin, fade) for fade in (0.1, 0.4)}
     for name, wanted in gates.items():
         for layer in built[name].model.layers:
             (ring,) = layer.self_attn.memory.rings
-            for parameter, value in zip((ring.gate_scale, ring.gate_bias, ring.fade), wanted, strict=True):
+            found = [each for each in (ring.gate_scale, ring.gate_bias, ring.fade) if each is not None]
+            for parameter, value in zip(found, wanted, strict=True):
                 assert (parameter == torch.tensor(value)).all()

@@ -128,8 +128,8 @@ class RMTRing(nn.Module):
         self.num_groups = num_slots // config.num_slots_per_segment
         heads, width = config.key_value_shape
         self.gate_weight = nn.Parameter(torch.empty(heads, 4 * width))
-        self.gate_scale = nn.Parameter(torch.empty(heads))
         self.gate_bias = nn.Parameter(torch.empty(heads))
+        self.gate_scale = nn.Parameter(torch.empty(heads)) if uses_score or uses_evidence else None  # of strengths
         self.fade = nn.Parameter(torch.empty(heads)) if uses_evidence else None  # what lasts does not fade
 
     def forward(
@@ -226,11 +226,11 @@ class RMTRing(nn.Module):
     def openness(self, old: Slots, new: Slots, kept: torch.Tensor, offered: torch.Tensor) -> torch.Tensor:
         """The gate by what is learned: (B, groups, K, G) float32 or wider, 0 to 1; strengths are kept and offered."""
         features = torch.cat([old.keys, old.values, new.keys, new.values], -1)
-        weight, scale, bias = (
-            at_least_float32(own_heads(each)) for each in (self.gate_weight, self.gate_scale, self.gate_bias)
-        )
-        logits = (at_least_float32(features) * weight).sum(-1)  # no einsum: autocast would take it out of float32
-        return stretched_sigmoid(logits + scale * (offered - kept) + bias)
+        weight, bias = (at_least_float32(own_heads(each)) for each in (self.gate_weight, self.gate_bias))
+        logits = (at_least_float32(features) * weight).sum(-1) + bias  # no einsum: autocast would lower its precision
+        if self.gate_scale is not None:
+            logits = logits + at_least_float32(own_heads(self.gate_scale)) * (offered - kept)
+        return stretched_sigmoid(logits)
 
     def version(self, stages: Slots, num_writes: torch.Tensor) -> Slots:
         """The part after a number of writes, (V,) for all rows or (B, V): slots (B, V, slots of this part, G, D)."""

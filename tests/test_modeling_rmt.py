@@ -230,7 +230,8 @@ def test_the_gates_of_these_models_take_every_regime(memory, monkeypatch):
         return gates[-1]
 
     monkeypatch.setattr(memory_rmt, "stretched_sigmoid", record)
-    read(random_model(**{"num_memory_slots": 8} | MEMORIES[memory]), ids_of(1, 101))
+    for seed in range(4):
+        read(random_model(seed, **{"num_memory_slots": 8} | MEMORIES[memory]), ids_of(1, 101))
     gates = torch.cat([gate.flatten() for gate in gates])
     for regime in (gates == 0, gates == 1, (gates > 0) & (gates < 0.5), (gates < 1) & (gates > 0.5)):
         assert regime.double().mean() > 0.05

@@ -29,9 +29,8 @@ class RMTRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        wide = at_least_float32(hidden_states)
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (at_least_float32(self.weight) * wide).to(hidden_states.dtype)
+        weight = self.weight.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, weight.shape, weight, self.eps).to(hidden_states.dtype)  # else autocast widens
 
 
 def rotary_turns(config: RMTConfig) -> torch.Tensor:

@@ -136,7 +136,8 @@ class RMTConfig(PreTrainedConfig):
         by_head = ["q_proj", "k_proj", "v_proj", *(["sink.key", "sink.value"] if self.use_attention_sink else [])]
         whole = ["q_norm", "k_norm"] if self.use_qk_norm else []
         for _, uses_score, uses_evidence in self.memory_parts:
-            ring = ["gate_weight", "gate_bias"] + ["gate_scale"] * (uses_score or uses_evidence) + ["fade"] * uses_evidence
+            ring = ["gate_weight", "gate_bias", *["gate_scale"] * (uses_score or uses_evidence)]
+            ring += ["fade"] * uses_evidence
             by_head += [f"memory.rings.*.{name}" for name in ring] + ["memory.score_proj"] * uses_score
         if self.fusion_type == "softmax" and (self.prefix_length or self.use_local_attention):
             whole += ["fusion"]

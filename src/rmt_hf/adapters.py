@@ -1,8 +1,4 @@
-"""Adapters for memory: what PEFT must know of an RMT model. A home file; PEFT is imported when it is asked for.
-
-A low-rank update suits the projections. Memory and fusion are small, and most of their parameters are no matrices, so
-an adapter holds them whole.
-"""
+"""PEFT configurations for RMT models: LoRA for projections, and whole copies of memory and fusion."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +12,16 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def memory_lora_config(config: RMTConfig, memory_only: bool = False, **fields: Any) -> "LoraConfig":
-    """LoRA on the projections of a model, with its memory and fusion trained whole and saved with the adapter.
+    """LoRA on the projections of a model; memory and fusion are trained whole and saved with the adapter.
 
     Args:
         config: Of the model.
-        memory_only: Whether memory and fusion alone are trained, and no projection is.
+        memory_only: Whether to train memory and fusion alone, without projections.
         fields: Of `peft.LoraConfig`; `task_type` is `"CAUSAL_LM"` unless it is given.
 
     Raises:
         ImportError: If PEFT is not installed.
-        ValueError: If a field is given that this function fills in, or `memory_only` for a model without memory.
+        ValueError: If a field is given that this function sets, or `memory_only` for a model without memory.
     """
     try:
         from peft import LoraConfig
@@ -35,8 +31,7 @@ def memory_lora_config(config: RMTConfig, memory_only: bool = False, **fields: A
     for name in ("target_modules", "modules_to_save"):
         if name in fields:
             raise ValueError(
-                f"{name} is filled in by memory_lora_config, got {fields[name]!r}: leave it out, or write a "
-                "peft.LoraConfig."
+                f"{name} is set by memory_lora_config, got {fields[name]!r}: leave it out, or write a peft.LoraConfig."
             )
     if memory_only and not config.num_memory_slots:
         raise ValueError("memory_only is for a model with memory, got num_memory_slots=0: leave it out.")

@@ -33,8 +33,8 @@ class RMTRMSNorm(nn.Module):
         return F.rms_norm(hidden_states, weight.shape, weight, self.eps).to(hidden_states.dtype)  # else autocast widens
 
 
-def rotary_turns(config: RMTConfig) -> torch.Tensor:
-    """Turns per position in units of 2^-64, (D / 2,) int64, for the frequencies of Llama, rounded to float32."""
+def rotary_revolutions(config: RMTConfig) -> torch.Tensor:
+    """Revolutions per position in units of 2^-64, (D / 2,) int64, for the frequencies of Llama, rounded to float32."""
     parameters, (_, width) = cast(dict[str, Any], config.rope_parameters), config.key_value_shape
     if parameters["rope_type"] == "default":
         exponents = torch.arange(0, width, 2, dtype=torch.float, device="cpu") / width
@@ -45,17 +45,17 @@ def rotary_turns(config: RMTConfig) -> torch.Tensor:
     return (frequencies.double() / (2 * math.pi) * 2.0**64).to(torch.int64)
 
 
-Turn = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (..., 1, D) each
+Rotary = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, (..., 1, D) each
 Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values
 
 
 class Tables(NamedTuple):
     """What all layers need of a call: rotary tables and masks."""
 
-    columns: Turn
-    writes: Turn | None  # of the segments that are written
-    prefixes: Turn | None  # of the prefix of each view
-    after: Turn | None  # of the prefix in the state after the call
+    columns: Rotary
+    writes: Rotary | None  # of the segments that are written
+    prefixes: Rotary | None  # of the prefix of each view
+    after: Rotary | None  # of the prefix in the state after the call
     mask: torch.Tensor | None  # None where queries can do without
     chunk_mask: torch.Tensor | None
 
@@ -63,7 +63,7 @@ class Tables(NamedTuple):
 class RMTRotaryEmbedding(nn.Module):
     """Cosine and sine tables that do not lose precision along a stream.
 
-    Angles are integers: position times turns per position, modulo 2^64, which int64 multiplication does by itself.
+    Angles are integers: position times revolutions per position, modulo 2^64, which int64 does by itself.
 
     Source: section 3.4 of arXiv 2507.00453 ("rotary encoding per head"); the integer form is ours.
     """
@@ -71,23 +71,23 @@ class RMTRotaryEmbedding(nn.Module):
     def __init__(self, config: RMTConfig) -> None:
         super().__init__()
         self.config = config
-        self.turns = nn.Buffer(rotary_turns(config), persistent=False)
+        self.revolutions = nn.Buffer(rotary_revolutions(config), persistent=False)
 
     @torch.no_grad()
-    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> Turn:
+    def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> Rotary:
         """Position ids (...) int64 to cosine and sine, each (..., 1, D), the first half of the sines negated."""
-        turns = position_ids[..., None] * self.turns.to(position_ids.device)
+        revolutions = position_ids[..., None] * self.revolutions.to(position_ids.device)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        angles = turns.to(wide) * (2 * math.pi / 2.0**64)
+        angles = revolutions.to(wide) * (2 * math.pi / 2.0**64)
         cos, sin = angles.cos()[..., None, :], angles.sin()[..., None, :]
         return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
     def of_call(self, layout: CallLayout, dtype: torch.dtype, keep_state: bool) -> Tables:
         """The tables of a call."""
-        config, places, device = self.config, layout.places, layout.places.device
+        config, indices, device = self.config, layout.indices, layout.indices.device
         segment, lookback, prefix = config.segment_length, config.num_lookback_segments, config.prefix_length
-        view = (places // segment).expand(len(layout.first_views), -1)
-        columns = places - layout.first_views.gather(1, view.clamp_max(layout.num_views - 1)) * segment
+        view = (indices // segment).expand(len(layout.first_views), -1)
+        columns = indices - layout.first_views.gather(1, view.clamp_max(layout.num_views - 1)) * segment
         writes = prefixes = after = None
         if layout.num_writes and config.num_memory_slots:
             segments = torch.arange(layout.num_writes, device=device) - lookback
@@ -206,7 +206,7 @@ def attend(
 class RMTAttention(nn.Module):
     """Attention to prefix and window in one softmax, and to the own chunk; memory is written as segments leave.
 
-    Source: section 3 of arXiv 2507.00453. Departs from the paper: memory is a prefix of the window (docs/design.md).
+    Source: section 3 of arXiv 2507.00453. Departs from the paper: memory is a prefix of the window.
     """
 
     def __init__(self, config: RMTConfig, layer_idx: int) -> None:
@@ -293,7 +293,7 @@ class RMTAttention(nn.Module):
             zero = zero + self.memory(frame.memory, None)[1]
         return zero if self.sink is None else zero + self.sink()[2]
 
-    def prefix(self, memory: Slots, turn: Turn) -> Pair:
+    def prefix(self, memory: Slots, rotary: Rotary) -> Pair:
         """Slots (B, V, M, G, D) in the order of the text, behind the sink, as keys and values (B, V, G, P, D)."""
         keys, values, _, positions = memory
         order = positions - (positions < 0).long()  # what was never written comes first, the sink next
@@ -304,7 +304,7 @@ class RMTAttention(nn.Module):
             values = torch.cat([value.to(values.dtype).expand(shape), values], 2)
             order = torch.cat([order.new_full(shape[:4], -1), order], 2)
         order = order.sort(dim=2, stable=True).indices[..., None].expand(keys.shape)
-        keys = rotate(keys.gather(2, order), *turn)
+        keys = rotate(keys.gather(2, order), *rotary)
         return keys.transpose(2, 3), values.gather(2, order).transpose(2, 3)
 
     def read(
@@ -399,7 +399,7 @@ class RMTAttention(nn.Module):
             states[:, :, first : first + count * segment].unflatten(2, (-1, segment)).transpose(1, 2)
             for states in frame[:2]
         )  # (B, W, G, S, D)
-        cos, sin = (table.unflatten(1, (-1, segment)) for table in cast(Turn, tables.writes))
+        cos, sin = (table.unflatten(1, (-1, segment)) for table in cast(Rotary, tables.writes))
         evidence = None
         if length:
             queries = frame.queries[:, :, length : (1 + count) * length].unflatten(2, (-1, length)).transpose(1, 2)
@@ -434,14 +434,14 @@ class RMTAttention(nn.Module):
         """The state after a call."""
         if not layout.num_writes and layout.num_views == 1:
             return frame
-        turns, began = layout.turns[:, None], layout.first_views[:, -1:]
+        ends, began = layout.segment_ends[:, None], layout.first_views[:, -1:]
         memory, before = (
             self.memory_after(frame, stages, writes, began, layout.is_packed)
-            for writes in (turns, (turns - 1).clamp_min(0))
+            for writes in (ends, (ends - 1).clamp_min(0))
         )
         prefix = [states[:, :, :0] for states in frame[:2]]
         if tables.after is not None:
             prefix = [states[:, 0] for states in self.prefix(memory, tables.after)]
         memory, before = (slots.map(lambda tensor: tensor[:, 0]) for slots in (memory, before))
-        replaced = frame.replaced.replace_rows(turns[:, 0] > 0, oldest_groups(before, self.sizes))
+        replaced = frame.replaced.replace_rows(ends[:, 0] > 0, oldest_groups(before, self.sizes))
         return frame.close(layout, self.sizes, prefix)._replace(memory=memory, replaced=replaced)

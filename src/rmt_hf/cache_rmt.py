@@ -34,7 +34,7 @@ def _refuse(reason: str) -> Any:
 
 
 class RMTCacheLayer(CacheLayerMixin):
-    """One layer's place in an `RMTCache`; the model puts a new `LayerState` here after each call."""
+    """One layer of an `RMTCache`; the model puts a new `LayerState` here after each call."""
 
     is_sliding = True  # bounded: nothing here grows with the stream
     is_croppable = True
@@ -54,7 +54,7 @@ class RMTCache(Cache):
 
     Pass it as `past_key_values`; the model changes it and hands it back. `config` is that of the model.
 
-    Source: sections 2 and 3 of docs/design.md; the paper says only that memory persists across segments.
+    Source: docs/architecture.md; the paper says only that memory persists across segments.
     """
 
     layers: list[RMTCacheLayer]  # type: ignore[assignment]  # all are of our kind
@@ -128,10 +128,10 @@ class RMTCache(Cache):
         """Takes over the states of all layers after a call, in one go: a call that failed has changed nothing."""
         segment, shape = self.sizes.segment, (len(layout.ends), layout.num_columns)
         is_real, recent = layout.is_real, self.recent_is_real
-        is_real = layout.turns.new_ones(shape, dtype=torch.bool) if is_real is None else is_real
+        is_real = layout.segment_ends.new_ones(shape, dtype=torch.bool) if is_real is None else is_real
         recent = is_real.new_zeros(shape[0], segment) if recent is None else recent
         forgotten = self.forgotten or [0] * shape[0]
-        if layout.remembered is not None:  # what is before the last document of a row cannot be taken back
+        if layout.remembered is not None:  # what is before the last document of a row cannot be rewound
             is_real, recent = is_real & layout.remembered, recent & layout.remembered[:, :1]
             forgotten = [lost * old for lost, old in zip(forgotten, layout.remembered[:, 0].tolist(), strict=True)]
         self.recent_is_real = torch.cat([recent[:, layout.num_columns :], is_real[:, -segment:]], 1)
@@ -142,17 +142,17 @@ class RMTCache(Cache):
         self.num_croppable_columns = min(segment, self.num_croppable_columns + layout.num_columns)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last columns of every row: the state is as if they had never been read.
+        """Rewinds every row by its last columns: the state is as if they had never been read.
 
         Padding among them takes no token from its row; what `reset` forgot stays forgotten. `tokens_to_remove` is minus
         their number, `num_croppable_columns` (up to `segment_length`) at most: RuntimeError beyond, ValueError above 0.
         """
         columns, recent, segment = -int(tokens_to_remove), self.recent_is_real, self.sizes.segment
         if columns < 0:
-            raise ValueError(f"tokens_to_remove must be 0 or below, got {tokens_to_remove}: crop(-n) takes n back.")
+            raise ValueError(f"tokens_to_remove must be 0 or below, got {tokens_to_remove}: crop(-n) rewinds n.")
         if columns > self.num_croppable_columns:
             raise RuntimeError(
-                f"RMTCache.crop({-columns}): {self.num_croppable_columns} columns can be taken back now, and never "
+                f"RMTCache.crop({-columns}): {self.num_croppable_columns} columns can be rewound now, and never "
                 f"more than segment_length ({segment}). Keep a `clone()` of the state from before them to go on from, "
                 "or draft fewer tokens at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
             )
@@ -177,6 +177,12 @@ class RMTCache(Cache):
     def clone(self) -> "RMTCache":
         """An independent copy of the state."""
         return self._copy()._map(torch.Tensor.clone)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RMTCache":
+        return self.clone()  # also of tensors with a gradient, and during a call
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self._copy()._map(lambda tensor: tensor.detach().clone()))  # the tensors, and not what they show of
 
     def edit_memory(self, edit: Callable[[Slots], Slots]) -> None:
         """Changes the memory of every layer, also that which `crop` goes back to; the window stays.
@@ -218,11 +224,16 @@ class RMTCache(Cache):
             self.recent_is_real = self.recent_is_real & ~rows.to(self.recent_is_real.device)[:, None]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows `indices`, (B',) int64 or (B,) bool, in this order; a row may be named more than once."""
-        indices = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        """Keeps the rows `indices`, (B',) int64 or (B,) bool, in this order; a row may be named more than once.
+
+        IndexError if there is no such row, ValueError if none is named; nothing has changed then.
+        """
+        rows = torch.arange(len(self.positions))[indices.cpu()]  # negative ones count from the last, as in any index
+        if not len(rows):
+            raise ValueError("indices must name at least one row, got none: `reset()` empties a state.")
         for name in ("positions", "forgotten"):
-            setattr(self, name, [getattr(self, name)[row] for row in indices.tolist()])
-        self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+            setattr(self, name, [getattr(self, name)[row] for row in rows.tolist()])
+        self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
     reorder_cache = batch_select_indices  # type: ignore[assignment]  # as beam search calls it
 
@@ -312,9 +323,19 @@ class RMTCache(Cache):
 
     def _copy(self) -> "RMTCache":
         """A state of its own that shares the tensors."""
-        twin = copy.copy(self)
-        twin._free, twin.layers = [True], [copy.copy(layer) for layer in self.layers]
+        twin = object.__new__(type(self))
+        twin.__dict__ |= vars(self) | {"_free": [True], "layers": [copy.copy(layer) for layer in self.layers]}
         return twin
+
+    @contextmanager
+    def unchanged_on_error(self) -> Iterator[None]:
+        """Whatever raises inside leaves the state as it was: calls write where a state has nothing, or make it anew."""
+        before = self._copy()
+        try:
+            yield
+        except BaseException:
+            vars(self).update({name: value for name, value in vars(before).items() if name != "_free"})
+            raise
 
     def _change_states(self, function: Callable[[LayerState], LayerState]) -> None:
         for layer in self.layers:
@@ -356,8 +377,14 @@ def real_columns(
     if got not in shapes:
         rule = f"attention_mask must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}"
         raise ValueError(f"{rule}, 1 at real tokens and 0 at padding; got {got}.")
-    is_real = attention_mask[:, -num_columns:] != 0
-    return None if is_real.all() else is_real
+    mask = attention_mask[:, -num_columns:]
+    is_real = mask == 1
+    if is_real.all():
+        return None
+    if (mask != 0)[~is_real].any() or (mask.is_floating_point() and not is_real.any()):
+        rule = f"attention_mask must be 1 at real tokens and 0 at padding, got {mask.unique().tolist()[:4]}"
+        raise ValueError(f"{rule}: additive masks are not taken, and packed documents begin where position_ids are 0.")
+    return is_real
 
 
 __all__ = ["RMTCache"]

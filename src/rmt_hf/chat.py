@@ -1,7 +1,4 @@
-"""A chat of any length at constant cost: in each turn the model reads what is new, and its state has the rest.
-
-A home file: it does not travel with the weights.
-"""
+"""A chat of any length at constant cost: each turn reads only the new message, from the state of the chat."""
 
 import json
 from pathlib import Path
@@ -11,27 +8,25 @@ import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer, pipeline
 
 from .cache_rmt import RMTCache
+from .files import write_whole
 from .modeling_rmt import RMTForCausalLM
-from .report import write_whole
 
 
-ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for an answer in a template, and is in no real one
-
-
+ANSWER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for an answer in a template
 RECORD_NAME = "chat.json"
 
 
 class Chat:
-    """Turns of a user and of a model through transformers' text-generation pipeline, with one state for all of them.
+    """A chat through transformers' text-generation pipeline, with one state for all turns.
 
     Args:
-        model: Any, also one that was converted.
+        model (`RMTForCausalLM`): New, trained or converted.
         tokenizer: With a chat template.
-        settings: What `generate` takes: `max_new_tokens`, `do_sample`, ...
+        settings: Arguments of `generate`, for example `max_new_tokens` and `do_sample`.
 
     Raises:
-        ValueError: If the tokenizer has no chat template, or one that does not show an answer as it is, or more than
-            one answer is wanted or tried at a time (beams).
+        ValueError: If the tokenizer has no chat template, or one that changes answers, or `num_beams` or
+            `num_return_sequences` is above 1.
 
     Source: ours.
     """
@@ -40,16 +35,16 @@ class Chat:
         if tokenizer.chat_template is None:
             raise ValueError("tokenizer must have a chat_template, got None: set tokenizer.chat_template first.")
         for name in ("num_beams", "num_return_sequences"):
-            wanted = settings.get(name, getattr(model.generation_config, name, None)) or 1
-            if wanted > 1:
-                raise ValueError(f"{name} must be 1, got {wanted}: a chat has one state, which goes on in one way.")
+            number = settings.get(name, getattr(model.generation_config, name, None)) or 1
+            if number > 1:
+                raise ValueError(f"{name} must be 1, got {number}: a chat has one state.")
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.pipeline: Any = cast(Any, pipeline)("text-generation", model=model, tokenizer=tokenizer)
         self.state = RMTCache(model.config)
-        self.end = ""  # what the last answer ended with, which the state has read; nothing if it was cut off
+        self.end = ""  # end token of the last answer as text; empty if the answer was cut off
 
     def say(self, message: str, streams: bool = False) -> str:
-        """What the model answers. If it is interrupted, the chat stands where it stood.
+        """Returns the answer of the model. An interrupted answer leaves the chat unchanged.
 
         Args:
             message: Of the user.
@@ -59,7 +54,7 @@ class Chat:
         length = len(self.tokenizer.encode(prompt, add_special_tokens=False))
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
         state = self.state.clone()
-        state.begin_prompt()  # what comes is new, however long it is
+        state.begin_prompt()  # all of the prompt is new
         found = self.pipeline(
             prompt,
             add_special_tokens=False,
@@ -69,20 +64,20 @@ class Chat:
             **self.settings,
         )
         answer = found[0]["generated_token_ids"][length:]
-        with torch.no_grad():  # `generate` does not read what it has said last
+        with torch.no_grad():  # `generate` does not read its last token
             self.model(torch.tensor([answer[-1:]], device=self.model.device), past_key_values=state)
         self.state, self.end = state, self._text(answer[-1:]) if answer[-1] in self._ends() else ""
         return self._text(answer, skip_special_tokens=True)
 
     def _turn(self, message: str) -> str:
-        """The text of a turn as the template has it: all of it at the beginning of a chat, else from an answer on."""
+        """The text of a turn by the template; after the first turn only what follows the last answer."""
         new = {"role": "user", "content": message}
         if not self.state.is_initialized:
             return self._render([new])
         before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ANSWER}]
         _, answer, rest = self._render([*before, new]).partition(ANSWER)
         if not answer:
-            raise ValueError("chat_template must show answers as they are: this one leaves them out or changes them.")
+            raise ValueError("chat_template must show answers as they are: this one omits or changes them.")
         begun = rest.lstrip()
         return begun.removeprefix(self.end) if self.end and begun.startswith(self.end) else rest
 
@@ -109,19 +104,19 @@ class Chat:
         write_whole(Path(folder) / RECORD_NAME, lambda path: path.write_text(text, "utf-8"))
 
     def load(self, folder: str | Path) -> None:
-        """Goes on with a chat that was saved, maybe by another process.
+        """Goes on with a chat that was saved, also by another process.
 
         Args:
-            folder: What `save` wrote.
+            folder: Written by `save`.
 
         Raises:
-            ValueError: As `RMTCache.from_pretrained`, of another model, say; or if saving was cut between two files.
+            ValueError: As `RMTCache.from_pretrained`, for example for another model; or if saving was interrupted.
         """
         state = RMTCache.from_pretrained(folder, self.model)
         record = json.loads((Path(folder) / RECORD_NAME).read_text("utf-8"))
         if record["positions"] != state.positions:
             raise ValueError(
                 f"The state in {folder} must have read {record['positions']} tokens, as {RECORD_NAME} says, got "
-                f"{state.positions}: saving was cut. Begin a new chat, or go on with the state alone."
+                f"{state.positions}: saving was interrupted. Begin a new chat, or go on with the state alone."
             )
         self.state, self.end = state, record["end"]

@@ -1,7 +1,16 @@
 """Every number that defines a recurrent-memory transformer, with its meaning and its rule."""
 
 import difflib
+import re
 from typing import Any, cast
+
+import transformers
+
+
+if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) < (5, 23):  # before names that are younger
+    raise ImportError(
+        f"This model needs transformers>=5.23, got {transformers.__version__}: pip install -U transformers."
+    )
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
@@ -123,6 +132,11 @@ class RMTConfig(PreTrainedConfig):
     def window_length(self) -> int:
         """Largest number of live tokens that global attention sees."""
         return (self.num_lookback_segments + 1) * self.segment_length
+
+    @property
+    def gives_attentions(self) -> bool:
+        """Whether the attention implementation hands its weights out."""
+        return self._attn_implementation in (None, "eager")
 
     @property
     def key_value_shape(self) -> tuple[int, int]:

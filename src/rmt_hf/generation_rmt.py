@@ -3,6 +3,7 @@
 Decoding is inherited from `transformers.GenerationMixin`; here is only what a state of constant size needs.
 """
 
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,12 @@ class RMTGeneration:
 
     config: RMTConfig
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As every model; if it raises, a state that was given is as it was before."""
+        cache: Any = kwargs.get("past_key_values")
+        with cache.unchanged_on_error() if hasattr(cache, "unchanged_on_error") else nullcontext():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
@@ -28,6 +35,8 @@ class RMTGeneration:
         given = model_kwargs.get("past_key_values")
         if given is not None:
             check_cache_type(given)
+            if generation_config.use_cache is False:
+                raise ValueError("use_cache must be True with past_key_values, got False: the state is the cache.")
             given._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = RMTCache(self.config)

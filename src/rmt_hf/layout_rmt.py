@@ -40,12 +40,12 @@ class CallLayout:
     lead: int  # first columns of new streams that see nothing but the call: one plain causal attention
     groups: tuple[ViewGroup, ...]  # the other views of rows at one position; empty if rows want masks of their own
     offset: int | None  # with several views of rows at one position: where in its segment every row stands
-    places: torch.Tensor  # (B or 1, T), where each column lies in the views; padding behind real tokens
-    query_places: torch.Tensor  # (B or 1, T), where its query is kept: of the last L tokens of each segment from that
+    indices: torch.Tensor  # (B or 1, T), where each column lies in the views; padding behind real tokens
+    query_indices: torch.Tensor  # (B or 1, T), where its query is kept: of the last L tokens of each segment from that
     # before view 0 on; one column behind all for the others
     observes: bool  # whether some column may be among these last tokens
     first_views: torch.Tensor  # (B or 1, F), view in which the document of each view began, negative before the call
-    turns: torch.Tensor  # (B,), segment ends that each row passes
+    segment_ends: torch.Tensor  # (B,), segment ends that each row passes
     segments_after: torch.Tensor  # (B,), segment of its document in which each row stands after the call
     forgotten: torch.Tensor | None  # (B, 1), writes of each row that its memory does not hold; None if it holds all
     is_packed: bool  # whether a document begins inside the call
@@ -61,7 +61,7 @@ class CallLayout:
             padding = (*[0, 0] * (states.dim() - 2), self.offset, missing)
             return F.pad(states, padding) if any(padding) else states
         spread = states.new_zeros(states.shape[0], num_columns, *states.shape[2:])
-        return spread.index_put((self.rows, self.places), states)
+        return spread.index_put((self.rows, self.indices), states)
 
     def collect(self, states: torch.Tensor) -> torch.Tensor:
         """(B, columns, ...) in the columns of the views back to (B, T, ...) in call columns."""
@@ -69,17 +69,17 @@ class CallLayout:
             return states
         if self.offset is not None:
             return states[:, self.offset : self.offset + self.num_columns]
-        return states[self.rows, self.places]
+        return states[self.rows, self.indices]
 
     @property
     def rows(self) -> torch.Tensor:
-        """(B, 1) int64: the row numbers, to index with `places`."""
-        return torch.arange(len(self.turns), device=self.turns.device)[:, None]
+        """(B, 1) int64: the row numbers, to index with `indices`."""
+        return torch.arange(len(self.segment_ends), device=self.segment_ends.device)[:, None]
 
     @property
     def view_segments(self) -> torch.Tensor:
         """Segment of its document that each view is, (B or 1, F) int64."""
-        return torch.arange(self.num_views, device=self.turns.device) - self.first_views
+        return torch.arange(self.num_views, device=self.segment_ends.device) - self.first_views
 
     def began(self, segments: torch.Tensor) -> torch.Tensor:
         """View in which the document of each of these segments began, (B or 1, len(segments)); view 0 is segment 0."""
@@ -87,9 +87,9 @@ class CallLayout:
 
     def window_mask(self, config: RMTConfig) -> torch.Tensor:
         """(B or 1, F, queries, P + (N + 1) * S) bool, True at the columns that each query sees."""
-        segment, lookback, device = config.segment_length, config.num_lookback_segments, self.turns.device
+        segment, lookback, device = config.segment_length, config.num_lookback_segments, self.segment_ends.device
         segments = self.view_segments  # (B or 1, F)
-        queries = self.places if self.num_views == 1 else torch.arange(segment, device=device)[None]
+        queries = self.indices if self.num_views == 1 else torch.arange(segment, device=device)[None]
         columns = torch.arange(config.window_length, device=device)
         outside = ((lookback - segments) * segment)[..., None, None]  # columns of the window before the document
         window = (columns <= lookback * segment + queries[:, None, :, None]) & (columns >= outside)
@@ -101,8 +101,9 @@ class CallLayout:
 
     def chunk_mask(self, config: RMTConfig) -> torch.Tensor:
         """With one view: (B or 1, 1, T, S) bool, True at the tokens of its own chunk that each token sees."""
-        columns, places = torch.arange(config.segment_length, device=self.turns.device), self.places[:, None, :, None]
-        return (columns <= places) & (columns >= places // config.chunk_length * config.chunk_length)
+        indices, chunk = self.indices[:, None, :, None], config.chunk_length
+        columns = torch.arange(config.segment_length, device=indices.device)
+        return (columns <= indices) & (columns >= indices // chunk * chunk)
 
 
 def visible_columns(config: RMTConfig, num_written: torch.Tensor, lost: torch.Tensor | int = 0) -> torch.Tensor:
@@ -140,18 +141,18 @@ def plan_call(
     remembered = None
     if is_uniform:
         ends = [start + num_columns for start in starts]
-        places = offsets[0] + torch.arange(num_columns, device=device)[None]
+        indices = offsets[0] + torch.arange(num_columns, device=device)[None]
         first_views = torch.full((1, num_views), -(starts[0] // segment), device=device)
     else:
         shape = (len(starts), num_columns)
-        ends, places, first_views, remembered = _place_columns(starts, is_real, restarts, segment, shape, device)
+        ends, indices, first_views, remembered = _index_columns(starts, is_real, restarts, segment, shape, device)
     num_writes = max(end // segment - start // segment for start, end in zip(starts, ends, strict=True))
     lead, groups = _group_views(config, starts[0], lost[0], num_columns, num_views) if is_uniform else (0, ())
     segments_after = on_device([end // segment for end in ends], device)
     length = config.num_observing_tokens
-    kept = places % segment - segment + length
-    query_places = (places // segment + 1) * length + kept
-    query_places = query_places.masked_fill((kept < 0) | (places >= num_views * segment), (num_views + 1) * length)
+    kept = indices % segment - segment + length
+    query_indices = (indices // segment + 1) * length + kept
+    query_indices = query_indices.masked_fill((kept < 0) | (indices >= num_views * segment), (num_views + 1) * length)
     return CallLayout(
         num_columns=num_columns,
         num_views=num_views,
@@ -162,11 +163,11 @@ def plan_call(
         lead=lead,
         groups=groups,
         offset=offsets[0] if is_uniform and num_views > 1 else None,
-        places=places,
-        query_places=query_places,
+        indices=indices,
+        query_indices=query_indices,
         observes=num_views > 1 or max(offsets) + num_columns > segment - length,
         first_views=first_views,
-        turns=first_views[:, -1] + segments_after,
+        segment_ends=first_views[:, -1] + segments_after,
         segments_after=segments_after,
         forgotten=on_device(lost, device)[:, None] if any(lost) else None,
         is_packed=restarts is not None,
@@ -175,7 +176,7 @@ def plan_call(
     )
 
 
-def _place_columns(
+def _index_columns(
     starts: list[int],
     is_real: torch.Tensor | None,
     restarts: torch.Tensor | None,
@@ -183,7 +184,7 @@ def _place_columns(
     shape: Any,
     device: Any,
 ) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`ends`, `places`, `first_views` and `remembered` of rows that are padded, packed, or at different positions."""
+    """`ends`, `indices`, `first_views` and `remembered` of rows that are padded, packed, or at different positions."""
     offsets = [start % segment for start in starts]
     num_views = -(-(max(offsets) + shape[1]) // segment)
     columns = torch.arange(shape[1], device=device)
@@ -196,15 +197,15 @@ def _place_columns(
     before = real.cumsum(1) - real.long()  # real columns before each
     before = before - before.gather(1, first_column)
     rank = torch.where(real, before, num_real + columns - first_column - before)
-    places = on_device(offsets, device)[:, None] + first_column + rank
+    indices = on_device(offsets, device)[:, None] + first_column + rank
     first_views = on_device([-(start // segment) for start in starts], device)[:, None].repeat(1, num_views)
     where = begins.nonzero(as_tuple=True)
-    first_views[where[0], places[where] // segment] = places[where] // segment
+    first_views[where[0], indices[where] // segment] = indices[where] // segment
     remembered = document == document[:, -1:]
     counts = (real & remembered).sum(1).tolist()
     is_first = (document[:, -1] == 0).tolist()
     ends = [count + start * first for count, start, first in zip(counts, starts, is_first, strict=True)]
-    return ends, places, first_views.cummax(1).values, remembered
+    return ends, indices, first_views.cummax(1).values, remembered
 
 
 def _group_views(config: RMTConfig, start: int, lost: int, num_columns: int, num_views: int) -> tuple[int, tuple]:
@@ -212,7 +213,7 @@ def _group_views(config: RMTConfig, start: int, lost: int, num_columns: int, num
     segment, lookback, prefix = config.segment_length, config.num_lookback_segments, config.prefix_length
     lead = 0
     # With weights to be recorded, all views of a call must have the same columns.
-    if start == 0 and (num_columns <= config.window_length or config._attn_implementation != "eager"):
+    if start == 0 and (num_columns <= config.window_length or not config.gives_attentions):
         lead = min(num_columns, config.window_length)
     end = (start % segment + num_columns) if num_views == 1 else segment
     groups: list[ViewGroup] = []

@@ -157,7 +157,7 @@ class RMTRing(nn.Module):
         for index, part in enumerate(parts):
             new, ring, start = Slots(*part), rounds[-1], index * self.num_groups
             count = new.strengths.shape[1]
-            old, rest = (Slots(*(tensor[:, piece] for tensor in ring)) for piece in (slice(count), slice(count, None)))
+            old, rest = (Slots(*(tensor[:, cut] for tensor in ring)) for cut in (slice(count), slice(count, None)))
             if segments.is_packed:  # what was written to a group before the document began is not its own
                 other = segments.numbers[:, start : start + count] < self.num_groups
                 old = old.forget(other[..., None].expand(old.strengths.shape[:3]))
@@ -234,9 +234,9 @@ class RMTRing(nn.Module):
 
     def version(self, stages: Slots, num_writes: torch.Tensor) -> Slots:
         """The part after a number of writes, (V,) for all rows or (B, V): slots (B, V, slots of this part, G, D)."""
-        places = torch.arange(self.num_groups, device=num_writes.device) + num_writes[..., None]
+        writes = torch.arange(self.num_groups, device=num_writes.device) + num_writes[..., None]
         # Group b of the ring after n writes: it was written n // groups times, once more if b < n % groups.
-        group, done = places % self.num_groups, num_writes[..., None]
+        group, done = writes % self.num_groups, num_writes[..., None]
         index = (done // self.num_groups + (group < done % self.num_groups)) * self.num_groups + group
         if num_writes.dim() == 1:
             chosen = stages.map(lambda tensor: tensor.index_select(1, index.flatten()))

@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_rmt import RMTAttention, RMTFusion, RMTRMSNorm, RMTRotaryEmbedding, RMTSink, rotary_turns
+from .attention_rmt import RMTAttention, RMTFusion, RMTRMSNorm, RMTRotaryEmbedding, RMTSink, rotary_revolutions
 from .cache_rmt import RMTCache, check_cache_type, real_columns, stream_starts
 from .configuration_rmt import RMTConfig
 from .generation_rmt import RMTGeneration
@@ -33,6 +33,10 @@ from .memory_rmt import RMTRing
 from .state_rmt import LayerState
 
 
+logger = logging.get_logger(__name__)
+
+# Packed documents as kernels take them: they say nothing that position_ids do not say, and nothing is made of them.
+PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 MEMORIZE_TOKENS = 4096  # tokens of all rows in one call of `memorize`: on a CPU 8,192 take a tenth longer
 GATE_SCALE, GATE_BIAS, FADE = 1.0, -2.0, 0.0  # how gates of memory begin: a slot is mostly kept, and does not fade
 # First values of rings and fusion: every slot is treated alike, and the paths have equal shares.
@@ -79,8 +83,8 @@ class RMTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["RMTDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
-    _supports_context_parallel = _can_compile_fullgraph = False
+    _supports_sdpa = _supports_flex_attn = _supports_flash_attn = True
+    _supports_attention_backend = _supports_context_parallel = _can_compile_fullgraph = False  # no pages of keys
     _can_record_outputs = {"hidden_states": RMTDecoderLayer, "attentions": RMTAttention}
 
     @torch.no_grad()
@@ -95,7 +99,7 @@ class RMTPreTrainedModel(PreTrainedModel):
             init.normal_(module.key, std=self.config.initializer_range)
             init.zeros_(module.value)
         elif isinstance(module, RMTRotaryEmbedding):
-            init.copy_(module.turns, rotary_turns(module.config))
+            init.copy_(module.revolutions, rotary_revolutions(module.config))
 
     @classmethod
     def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, *args: Any, **kwargs: Any) -> nn.Module:
@@ -122,7 +126,7 @@ class RMTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def memorize(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: RMTCache | None = None,
         show_progress: bool = False,
@@ -168,7 +172,7 @@ class RMTPreTrainedModel(PreTrainedModel):
 class RMTModel(RMTPreTrainedModel):
     """The decoder without a head.
 
-    Source: arXiv 2507.00453, section 3; docs/design.md lists every departure.
+    Source: arXiv 2507.00453, section 3; docs/architecture.md lists every departure.
     """
 
     def __init__(self, config: RMTConfig) -> None:
@@ -206,10 +210,15 @@ class RMTModel(RMTPreTrainedModel):
             past_key_values: The state of the B streams, changed by the call; None begins new streams.
             inputs_embeds: (B, T, E) instead of `input_ids`.
             use_cache: Whether to return a state although none was given.
+            kwargs: What records outputs, or is for the loss.
         """
+        if position_ids is None and (packing := sorted(PACKING & set(kwargs))):
+            raise ValueError(f"{packing[0]} must come with position_ids, got none: they tell packed documents apart.")
         cache = RMTCache(self.config) if past_key_values is None and use_cache else past_key_values
         if cache is not None:
             check_cache_type(cache)
+        if kwargs.get("output_attentions") and not self.config.gives_attentions:
+            logger.warning_once('output_attentions=True gives weights with attn_implementation="eager" alone.')
         read = self._read if torch.compiler.is_exporting() else self._read_in_python
         with nullcontext() if cache is None else cache.exclusive():
             hidden_states = read(cache, input_ids, attention_mask, position_ids, inputs_embeds)
@@ -253,7 +262,7 @@ class RMTModel(RMTPreTrainedModel):
         for index, layer in enumerate(self.layers):
             state = None if states is None else states[index]
             found = layer(hidden_states, layout=layout, tables=tables, state=state, keep_state=states is not None)
-            # In the place of a layer of another stage of a pipeline stands an identity, which has no state.
+            # A layer of another stage of a pipeline is an identity here, which has no state.
             hidden_states, state = found if isinstance(found, tuple) else (found, None)
             new_states.append(state)
         return self.norm(hidden_states), new_states

@@ -110,7 +110,7 @@ class LayerState(NamedTuple):
                 missing = segment + num_more - layout.offset - new.shape[axis]
                 shape = [missing if i == axis else size for i, size in enumerate(new.shape)]
                 return torch.cat([*parts, new, new.new_zeros(shape)] if missing else [*parts, new], axis)
-            columns = first + layout.places
+            columns = first + layout.indices
             if num_more:
                 old = F.pad(without_prefix(old, segment, skip), (*[0, 0] * (old.dim() - 1 - axis), 0, num_more))
             else:
@@ -134,7 +134,7 @@ class LayerState(NamedTuple):
             return self
         num_columns, query = (layout.num_views + 1) * length, query.detach().transpose(1, 2)
         queries = F.pad(self.queries, (0, 0, 0, num_columns + 1 - self.queries.shape[2]))  # the last is for no use
-        columns = layout.query_places
+        columns = layout.query_indices
         heads = torch.arange(queries.shape[1], device=columns.device)[:, None]
         if len(columns) == 1:
             queries = queries.index_copy(2, columns[0], query)
@@ -154,7 +154,7 @@ class LayerState(NamedTuple):
                 part = states.narrow(axis, first, min(size, have - first))
                 missing = size - part.shape[axis]
                 return F.pad(part, (*[0, 0] * (part.dim() - 1 - axis), 0, missing)) if missing else part
-            columns = layout.turns[:, None] * segment + torch.arange(size, device=states.device)  # (B, size)
+            columns = layout.segment_ends[:, None] * segment + torch.arange(size, device=states.device)  # (B, size)
             outside = columns >= states.shape[axis]
             if layout.is_packed:  # what is before the last document of a row
                 outside |= columns < (layout.first_views[:, -1:] + size // segment - 1) * segment

@@ -1,0 +1,1 @@
+"""What measured the project: see README.md. Run from the root of the repository, `python -m experiments.evidence`."""

@@ -1,0 +1,1 @@
+"""Speed and memory against context: `python -m experiments.benchmark`."""

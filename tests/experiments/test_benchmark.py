@@ -23,6 +23,9 @@ from experiments.benchmark.contenders import CONTENDERS, Contender, build, read_
 from experiments.benchmark.worker import Runner
 
 
+pytestmark = pytest.mark.xdist_group("benchmark")  # one worker makes what all of these tests look at
+
+
 SIZES = shlex.split(
     "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 1 --num-attention-heads 2 --vocab-size 64 "
     "--segment-length 64 --num-memory-slots 4"

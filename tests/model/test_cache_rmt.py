@@ -662,7 +662,7 @@ def empty(cache: RMTCache) -> None:
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "no memory"])
 def test_edited_memory_stays_edited_when_tokens_are_taken_back(models, form):
-    """Taken back across a segment end, and read again: the same as if the edit had been there before."""
+    """Rewound across a segment end, and read again: the same as if the edit had been there before."""
     model, ids, more = models[form], tiny_ids(2, 6 * S + 1), tiny_ids(2, 3 * S, seed=3)
 
     def edit(cache: RMTCache) -> None:

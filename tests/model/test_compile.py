@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from helpers import CLOSE, FORMS, S, assert_same_rows, every_form, pad_left, prompts, read, tiny_ids, tiny_model
+from helpers import CLOSE, FORMS, S, assert_same_rows, pad_left, prompts, read, tiny_ids, tiny_model
+
+
+# Compiling takes seconds: forms that differ in what is compiled, and slowly the others.
+SOME = ("gated select", "two parts", "paper")
+SOME_AND_SLOW = [form if form in SOME else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+SLOW_STEPS = [pytest.param(form, 1, 2, marks=pytest.mark.slow) for form in FORMS if form != "gated select"]
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +22,7 @@ def forget_what_was_compiled():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("form", "rows", "length"), [*((form, 1, 2) for form in FORMS), ("two parts", 5, S), ("paper", 5, S)]
+    ("form", "rows", "length"), [("gated select", 1, 2), ("two parts", 5, S), ("paper", 5, S), *SLOW_STEPS]
 )
 def test_compiled_once_without_a_write_and_once_with_one(form, rows, length):
     """From the first tokens, when memory is empty, over segment ends, to a ring that has turned.
@@ -66,7 +72,7 @@ def test_the_default_compiler_gives_the_same():
         torch.testing.assert_close(logits, model(column, past_key_values=expected).logits, rtol=0, atol=1e-4)
 
 
-@every_form
+@pytest.mark.parametrize("form", SOME_AND_SLOW)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_is_one_graph(form, training):
     """`fullgraph=True`: no break, and the same result and gradient; in training, and in a step that goes on."""

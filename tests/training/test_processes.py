@@ -15,6 +15,9 @@ from helpers import S, run_in_two, tiny_ids, tiny_model
 from rmt_hf import RMTTrainer, RMTTrainingArguments, StreamSchedule
 
 
+pytestmark = pytest.mark.xdist_group("processes")  # one worker makes what all of these tests look at
+
+
 NUM_STREAMS = 4
 
 RUNS: dict[str, dict] = {

@@ -18,6 +18,9 @@ from rmt_hf.training import checkpoints
 from rmt_hf.training import trainer as trainer_file
 
 
+pytestmark = pytest.mark.xdist_group("resume")  # one worker makes what all of these tests look at
+
+
 S = 8  # segment_length of the tiny configuration
 STEPS = 9  # of a run: more than an epoch
 

@@ -20,6 +20,9 @@ from helpers import ACCELERATE, S, read, run_in_two, tiny_config, tiny_ids, tiny
 from rmt_hf import RMTConfig, RMTForCausalLM, RMTTrainer, RMTTrainingArguments
 
 
+pytestmark = pytest.mark.xdist_group("sharded")  # one worker makes what all of these tests look at
+
+
 NUM_STREAMS = 4
 
 FORMS: dict[str, dict] = {

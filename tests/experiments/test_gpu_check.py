@@ -60,6 +60,7 @@ def test_wrong_gradients_are_noticed(monkeypatch):
     assert gradients(CPU).holds is False
 
 
+@pytest.mark.slow
 def test_a_step_that_is_compiled_again_and_again_is_noticed(monkeypatch):
     original = attention_rmt.RMTAttention.read
 

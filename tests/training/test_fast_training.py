@@ -48,7 +48,7 @@ def test_bfloat16_autocast_is_near_float32(mode: str, tmp_path) -> None:
     assert found != expected
 
 
-@every_mode
+@pytest.mark.parametrize("mode", ["plain rows", pytest.param("stream mode", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
 )  # the compiler's own

@@ -53,7 +53,7 @@ def results(model: RMTForCausalLM, rows: slice) -> dict[str, list]:
     """What is compared: logits at once and token by token, what is generated, and gradients of the rows given."""
     ids = tiny_ids(2, 9 * S + 3)
     with torch.no_grad():
-        steps = read(model, ids, [S + 3, *[1] * (7 * S)])[0]
+        steps = read(model, ids, [S + 3, *[1] * (2 * S), 2 * S, 1])[0]
         tokens = model.generate(ids[:, : 2 * S + 3], max_new_tokens=3 * S, do_sample=False, eos_token_id=None)
     logits = model(ids).logits
     few = model(ids[:, :3]).logits

@@ -22,7 +22,16 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, default_da
 from experiments.baselines import build_baseline, num_parameters, read, state_bytes
 from experiments.corpora import shakespeare
 from experiments.evidence_report import write_evidence
-from experiments.one_token_facts import FIRST_QUESTION, NUM_FACTS, VOCABULARY, answers, noise, write_facts
+from experiments.one_token_facts import (
+    FIRST_QUESTION,
+    NUM_FACTS,
+    RECALL_CHUNK,
+    RECALL_SEGMENT,
+    answers,
+    noise,
+    recall_config,
+    write_facts,
+)
 from experiments.reports import environment
 from experiments.tasks import TaskBatch, accuracy
 from rmt_hf import RMTConfig, RMTForCausalLM
@@ -33,7 +42,6 @@ from rmt_hf.memory_rmt import RMTRing
 
 
 NUM_QUESTIONS = 16
-RECALL_SEGMENT, RECALL_CHUNK = 8, 2  # tokens
 
 
 class Row(NamedTuple):
@@ -196,24 +204,6 @@ def train(model: PreTrainedModel, dataset: Any, collator: Any, args: argparse.Na
     start = time.process_time()
     Trainer(model, arguments, train_dataset=dataset, data_collator=collator).train()
     return time.process_time() - start
-
-
-def recall_config() -> RMTConfig:
-    """A window of two segments of 8 tokens, and as many slots as a segment has tokens: two segments fill them."""
-    return RMTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        chunk_length=RECALL_CHUNK,
-        segment_length=RECALL_SEGMENT,
-        num_memory_slots=8,
-        num_observing_tokens=8,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
 
 
 def run_recall(model: PreTrainedModel, seed: int, args: argparse.Namespace) -> dict[str, Any]:

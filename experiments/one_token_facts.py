@@ -7,12 +7,34 @@ row lie in one segment, at most one in each chunk.
 import torch
 from torch.nn import functional as F
 
+from rmt_hf import RMTConfig
+
 
 NUM_KEYS, NUM_VALUES, NUM_NOISE, NUM_FACTS = 4, 8, 64, 4
 FIRST_QUESTION = NUM_VALUES  # token ids: values, then questions, then facts, then noise
 FIRST_FACT = FIRST_QUESTION + NUM_KEYS
 FIRST_NOISE = FIRST_FACT + NUM_KEYS * NUM_VALUES
 VOCABULARY = FIRST_NOISE + NUM_NOISE
+RECALL_SEGMENT, RECALL_CHUNK = 8, 2  # tokens
+
+
+def recall_config(num_hidden_layers: int = 1) -> RMTConfig:
+    """A window of two segments of 8 tokens, and as many slots as a segment has tokens: two segments fill them."""
+    return RMTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=4,
+        chunk_length=RECALL_CHUNK,
+        segment_length=RECALL_SEGMENT,
+        num_memory_slots=8,
+        num_observing_tokens=8,
+        use_qk_norm=True,  # a query that grows too sharp leaves the score of the write without a gradient
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
 
 
 def noise(rows: int, length: int, generator: torch.Generator | None = None) -> torch.Tensor:

@@ -16,7 +16,15 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from experiments.one_token_facts import FIRST_QUESTION, NUM_FACTS, NUM_VALUES, VOCABULARY, answers, noise, write_facts
+from experiments.one_token_facts import (
+    FIRST_QUESTION,
+    NUM_FACTS,
+    NUM_VALUES,
+    answers,
+    noise,
+    recall_config,
+    write_facts,
+)
 from experiments.reports import environment
 from rmt_hf import RMTCache, RMTConfig, RMTForCausalLM
 from rmt_hf.evaluation.ablation import empty_memories
@@ -149,21 +157,7 @@ def main() -> None:
     started = time.perf_counter()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # numbers next to zero, which closed gates make, are slow on a CPU
-    config = RMTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=args.layers,
-        num_attention_heads=4,
-        chunk_length=2,
-        segment_length=8,
-        num_memory_slots=8,
-        num_observing_tokens=8,
-        use_qk_norm=True,  # a query that grows too sharp leaves the score of the write without a gradient
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    config = recall_config(args.layers)
     results = []
     for seed in args.seeds:
         window = train(config, args, seed, in_window=True)[1]

@@ -62,11 +62,7 @@ class RMTGeneration:
             cache.begin_prompt()
         elif past:
             cache.num_columns_to_skip = past
-        try:
-            return super()._assisted_decoding(input_ids, *args, **model_kwargs)  # type: ignore[misc]
-        finally:
-            if past:
-                cache.num_columns_to_skip = 0  # also if the call was refused before it read anything
+        return super()._assisted_decoding(input_ids, *args, **model_kwargs)  # type: ignore[misc]
 
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: torch.Tensor, generation_config: GenerationConfig, *args: Any

@@ -183,6 +183,7 @@ def row_state(cache: RMTCache, config, row: int, with_prefix: bool = True) -> li
 
 def assert_same_row(cache: RMTCache, row: int, expected: RMTCache, expected_row: int, config, **tolerance) -> None:
     assert cache.positions[row] == expected.positions[expected_row]
+    assert cache.history[row, 0] == expected.history[expected_row, 0]  # of the ids
     both_fresh = not (cache.is_stale or expected.is_stale)
     states = (row_state(*which, both_fresh) for which in ((cache, config, row), (expected, config, expected_row)))
     for got, want in zip(*states, strict=True):

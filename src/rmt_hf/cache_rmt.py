@@ -6,24 +6,40 @@ Shapes: B rows, T columns of a call, S segment length.
 import copy
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
 import torch
 from huggingface_hub import HfApi
+from torch import nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout
 from .memory_rmt import Slots
-from .saving_rmt import check_fingerprint, read_state, state_fingerprint, tensor_names, write_state
+from .saving_rmt import (
+    check_fingerprint,
+    read_state,
+    refuse_other_weights,
+    sample_weights,
+    state_fingerprint,
+    tensor_names,
+    write_state,
+)
 from .state_rmt import LayerState, StateSizes
 
 
 # What a state knows besides its tensors; all of it can be written as JSON.
 CLOCK = ("fingerprint", "positions", "forgotten", "num_columns", "num_croppable_columns", "is_stale")
+PADDING, UNKNOWN = -1, -2  # in place of ids: of a column that counts for nothing, and of one read as `inputs_embeds`
+# The hash of the ids of a stream is the sum of (id + 1) * HASH_BASE ** (ids after it), modulo 2^64. So padding adds
+# nothing, and what was read last can be taken out again.
+HASH_BASE = 0x5851F42D4C957F2D
+HASH_INVERSE = pow(HASH_BASE, -1, 2**64)
 
 
 def _refuse(reason: str) -> Any:
@@ -62,7 +78,7 @@ class RMTCache(Cache):
     forgotten: list[int]  # of each row: writes that its memory does not hold since `edit_memory`
     num_columns: int  # read, padding included
     num_croppable_columns: int
-    recent_is_real: torch.Tensor | None  # (B, S) bool of the last S columns, for `crop`
+    history: torch.Tensor | None  # (B, 1 + S) int64: a hash of all ids read, and those of the last S columns
     is_stale: bool  # whether a memory has been changed, of which the prefix is to be made again
 
     def __init__(self, config: RMTConfig) -> None:
@@ -71,7 +87,9 @@ class RMTCache(Cache):
         self.ring_sizes = [size for size, *_ in config.memory_parts] or [0]
         self.num_slots_per_segment = config.num_slots_per_segment
         self.num_columns_to_skip = 0  # of the prompt that assisted generation gives next: they have been read
+        self.stopped: torch.Tensor | None = None  # (B,) bool, rows for which the newest token of `generate` is padding
         self._free = [True]  # taken out while a call runs
+        self.find_model: Callable[[], nn.Module | None] = lambda: None  # the decoder that wrote the state last
         self.reset()
 
     @property
@@ -99,14 +117,14 @@ class RMTCache(Cache):
     def tensors(self) -> list[torch.Tensor]:
         """All tensors of the state, each with the streams along its first axis; none before the first call."""
         states = [tensor for layer in self.layers if layer.state is not None for tensor in layer.state.tensors()]
-        return states if self.recent_is_real is None else [*states, self.recent_is_real]
+        return states if self.history is None else [*states, self.history]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of columns read, padding included, since the start or `begin_prompt`; `positions` has real tokens."""
         return self.num_columns
 
     def begin_prompt(self) -> None:
-        """Counts columns from 0 again, so that `generate` takes the next prompt, however long, for what comes next."""
+        """Counts columns from 0 again, so that `generate` takes the next prompt for what comes next, whatever it is."""
         self.num_columns = 0
 
     @contextmanager
@@ -124,17 +142,23 @@ class RMTCache(Cache):
             self._free.append(True)
 
     @torch.compiler.disable
-    def commit(self, states: list[LayerState], layout: CallLayout) -> None:
+    def commit(
+        self, states: list[LayerState], layout: CallLayout, input_ids: torch.Tensor | None, model: nn.Module
+    ) -> None:
         """Takes over the states of all layers after a call, in one go: a call that failed has changed nothing."""
-        segment, shape = self.sizes.segment, (len(layout.ends), layout.num_columns)
-        is_real, recent = layout.is_real, self.recent_is_real
-        is_real = layout.segment_ends.new_ones(shape, dtype=torch.bool) if is_real is None else is_real
-        recent = is_real.new_zeros(shape[0], segment) if recent is None else recent
-        forgotten = self.forgotten or [0] * shape[0]
+        self.find_model = weakref.ref(model)
+        segment, device, shape = self.sizes.segment, layout.segment_ends.device, (len(layout.ends), layout.num_columns)
+        ids = torch.full(shape, UNKNOWN, device=device) if input_ids is None else input_ids.long().to(device)
+        history, forgotten = self.history, self.forgotten or [0] * shape[0]
+        history = empty_history(ids, segment) if history is None else history
+        if layout.is_real is not None:
+            ids = ids.masked_fill(~layout.is_real, PADDING)
         if layout.remembered is not None:  # what is before the last document of a row cannot be rewound
-            is_real, recent = is_real & layout.remembered, recent & layout.remembered[:, :1]
+            ids = ids.masked_fill(~layout.remembered, PADDING)
+            history = torch.where(layout.remembered[:, :1], history, empty_history(ids, segment))
             forgotten = [lost * old for lost, old in zip(forgotten, layout.remembered[:, 0].tolist(), strict=True)]
-        self.recent_is_real = torch.cat([recent[:, layout.num_columns :], is_real[:, -segment:]], 1)
+        recent = history[:, 1 + layout.num_columns :]
+        self.history = torch.cat([hash_ids(ids, history[:, :1]), recent, ids[:, -segment:]], 1)
         for layer, state in zip(self.layers, states, strict=True):
             layer.state = state
         self.positions, self.forgotten, self.is_stale = list(layout.ends), forgotten, False
@@ -147,7 +171,7 @@ class RMTCache(Cache):
         Padding among them takes no token from its row; what `reset` forgot stays forgotten. `tokens_to_remove` is minus
         their number, `num_croppable_columns` (up to `segment_length`) at most: RuntimeError beyond, ValueError above 0.
         """
-        columns, recent, segment = -int(tokens_to_remove), self.recent_is_real, self.sizes.segment
+        columns, history, segment = -int(tokens_to_remove), self.history, self.sizes.segment
         if columns < 0:
             raise ValueError(f"tokens_to_remove must be 0 or below, got {tokens_to_remove}: crop(-n) rewinds n.")
         if columns > self.num_croppable_columns:
@@ -156,11 +180,15 @@ class RMTCache(Cache):
                 f"more than segment_length ({segment}). Keep a `clone()` of the state from before them to go on from, "
                 "or draft fewer tokens at a time (num_assistant_tokens, prompt_lookup_num_tokens)."
             )
-        if not columns or recent is None:
+        if not columns or history is None:
             return
-        ends = [end - num for end, num in zip(self.positions, recent[:, -columns:].sum(1).tolist(), strict=True)]
+        known, kept, gone = history.split([1, segment - columns, columns], 1)
+        removed = (gone != PADDING).sum(1).tolist()
+        ends = [end - number for end, number in zip(self.positions, removed, strict=True)]
         crossed = [new // segment < old // segment for new, old in zip(ends, self.positions, strict=True)]
-        self.recent_is_real = recent.roll(columns, 1)  # what comes in at the left is never asked for
+        inverses = known.new_tensor([[signed(pow(HASH_INVERSE, number, 2**64))] for number in removed])
+        known = (known - hash_ids(gone, torch.zeros_like(known))) * inverses
+        self.history = torch.cat([known, torch.full_like(gone, PADDING), kept], 1)
         self.positions, self.num_columns = ends, max(0, self.num_columns - columns)
         self.num_croppable_columns -= columns
         if any(crossed):
@@ -182,7 +210,8 @@ class RMTCache(Cache):
         return self.clone()  # also of tensors with a gradient, and during a call
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self._copy()._map(lambda tensor: tensor.detach().clone()))  # the tensors, and not what they show of
+        twin = self._copy()._map(lambda tensor: tensor.detach().clone())  # the tensors, and not what they show of
+        return vars(twin) | {"find_model": type(None)}  # gives None
 
     def edit_memory(self, edit: Callable[[Slots], Slots]) -> None:
         """Changes the memory of every layer, also that which `crop` goes back to; the window stays.
@@ -209,7 +238,7 @@ class RMTCache(Cache):
     def reset(self, rows: torch.Tensor | None = None) -> None:
         """Forgets the rows `rows`, (B,) bool, as if their streams had never begun; all, and the batch size, if None."""
         if rows is None:
-            self.positions, self.forgotten, self.recent_is_real, self.is_stale = [], [], None, False
+            self.positions, self.forgotten, self.history, self.is_stale = [], [], None, False
             self.num_columns = self.num_croppable_columns = 0
             for layer in self.layers:
                 layer.state = None
@@ -220,8 +249,9 @@ class RMTCache(Cache):
         for name in ("positions", "forgotten"):
             setattr(self, name, [n * (not gone) for n, gone in zip(getattr(self, name), rows.tolist(), strict=True)])
         self._change_states(lambda state: state.reset_rows(rows))
-        if self.recent_is_real is not None:
-            self.recent_is_real = self.recent_is_real & ~rows.to(self.recent_is_real.device)[:, None]
+        if (history := self.history) is not None:
+            empty = empty_history(history, self.sizes.segment)
+            self.history = torch.where(rows.to(history.device)[:, None], empty, history)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices`, (B',) int64 or (B,) bool, in this order; a row may be named more than once.
@@ -263,7 +293,7 @@ class RMTCache(Cache):
         for index, layer in enumerate(stacked.layers):
             states = [cache.layers[index].state for cache in caches]
             layer.state = None if None in states else LayerState.stack(cast(list[LayerState], states))
-        stacked.recent_is_real = torch.cat([cast(torch.Tensor, cache.recent_is_real) for cache in caches])
+        stacked.history = torch.cat([cast(torch.Tensor, cache.history) for cache in caches])
         for name in ("positions", "forgotten"):
             setattr(stacked, name, [number for cache in caches for number in getattr(cache, name)])
         for name, choose in (("num_columns", max), ("num_croppable_columns", min), ("is_stale", max)):
@@ -285,21 +315,27 @@ class RMTCache(Cache):
         if missing:
             raise ValueError(f"A saved state must have all {missing}: let one process with all of them read the text.")
         record = {name: getattr(self, name) for name in CLOCK} | {"dtype": str(self.state_dtype)}
+        record["weights"] = {} if (model := self.find_model()) is None else sample_weights(model)
         write_state(directory, record, dict(zip(tensor_names(len(states)), self.tensors(), strict=True)))
 
     @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike, model: PreTrainedModel, **hub: Any) -> "RMTCache":
+    def from_pretrained(
+        cls, directory: str | os.PathLike, model: PreTrainedModel, check_weights: bool = True, **hub: Any
+    ) -> "RMTCache":
         """Reads a state that `save_pretrained` or `push_to_hub` wrote, to be continued by the model that made it.
 
         Args:
             directory: A folder, or the id of a Hub repository; OSError if it holds no state, ValueError if it holds one
-                that is damaged, of another format or configuration, or not finite.
+                that is damaged, of another format, configuration or model, or not finite.
             model: The model that goes on; the state comes to its device, and to its dtype as it is read.
+            check_weights: Whether to refuse a state that other weights have written.
             hub: `revision`, `token` and what else `transformers.utils.cached_file` takes.
         """
         config = cast(RMTConfig, model.config)
         cache = cls(config)
-        record, (*tensors, cache.recent_is_real) = read_state(directory, config, model.device, **hub)
+        record, (*tensors, cache.history) = read_state(directory, config, model.device, **hub)
+        if check_weights:
+            refuse_other_weights(directory, record, model.base_model)
         size = len(tensors) // len(cache.layers)
         for index, layer in enumerate(cache.layers):
             layer.state = LayerState.from_tensors(tensors[index * size : (index + 1) * size])
@@ -334,8 +370,12 @@ class RMTCache(Cache):
         try:
             yield
         except BaseException:
-            vars(self).update({name: value for name, value in vars(before).items() if name != "_free"})
+            self.go_back_to(before)
             raise
+
+    def go_back_to(self, before: "RMTCache") -> None:
+        """Takes over another state."""
+        vars(self).update({name: value for name, value in vars(before).items() if name != "_free"})
 
     def _change_states(self, function: Callable[[LayerState], LayerState]) -> None:
         for layer in self.layers:
@@ -343,8 +383,25 @@ class RMTCache(Cache):
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "RMTCache":
         self._change_states(lambda state: state.map(function))
-        self.recent_is_real = None if self.recent_is_real is None else function(self.recent_is_real)
+        self.history = None if self.history is None else function(self.history)
         return self
+
+
+def hash_ids(ids: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """The hash (B, 1) of streams with hash `known`, (B, 1), after ids (B, T)."""
+    after = (ids != PADDING).flip(1).cumsum(1).flip(1)  # from each column on
+    powers = ids.new_full((ids.shape[1] + 1,), HASH_BASE).index_fill(0, after.new_zeros(1), 1).cumprod(0)
+    return known * powers[after[:, :1]] + ((ids + 1) * powers[(after - 1).clamp_min(0)]).sum(1, keepdim=True)
+
+
+def empty_history(ids: torch.Tensor, segment: int) -> torch.Tensor:
+    """The history (B, 1 + S) of streams that have read nothing."""
+    return F.pad(ids.new_full((len(ids), segment), PADDING), (1, 0))
+
+
+def signed(number: int) -> int:
+    """A number modulo 2^64 as int64 has it."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def check_cache_type(cache: object) -> None:

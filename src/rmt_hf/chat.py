@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer, pipeline
 
 from .cache_rmt import RMTCache
@@ -64,8 +63,6 @@ class Chat:
             **self.settings,
         )
         answer = found[0]["generated_token_ids"][length:]
-        with torch.no_grad():  # `generate` does not read its last token
-            self.model(torch.tensor([answer[-1:]], device=self.model.device), past_key_values=state)
         self.state, self.end = state, self._text(answer[-1:]) if answer[-1] in self._ends() else ""
         return self._text(answer, skip_special_tokens=True)
 

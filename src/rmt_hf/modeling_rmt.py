@@ -230,7 +230,7 @@ class RMTModel(RMTPreTrainedModel):
         states = None if cache is None else [layer.state for layer in cache.layers]
         hidden_states, states = self._run_layers(hidden_states, replace(layout, starts=(), ends=()), states)
         if cache is not None:
-            cache.commit(states, layout)
+            cache.commit(states, layout, inputs[0], self)
         return hidden_states
 
     # The bookkeeping of a call is Python and changes with every call: `torch.compile` compiles `_run_layers` alone.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers.utils import cached_file
 
 from .configuration_rmt import RMTConfig
@@ -20,8 +21,11 @@ from .memory_rmt import Slots
 from .state_rmt import LayerState, StateSizes
 
 
-FORMAT_VERSION = 2  # memory is a prefix of the window
+FORMAT_VERSION = 3  # memory is a prefix of the window, and the ids read are hashed
 RECORD_NAME = "rmt_state.json"
+OF_NO_STATE = {"vocab_size", "initializer_range", "max_position_embeddings", "attention_dropout", "tie_word_embeddings"}
+OF_NO_STATE |= {"use_cache", "use_chunked_loss", "pad_token_id", "bos_token_id", "eos_token_id"}
+FINGERPRINT = [name for name in RMTConfig.__annotations__ if name not in OF_NO_STATE]
 CARD = """---
 library_name: transformers
 tags: [rmt, memory-state]
@@ -109,11 +113,36 @@ def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
         raise ValueError(f"past_key_values must be a state of this configuration, got one with {different}: {remedy}")
 
 
+@torch.no_grad()
+def sample_weights(model: nn.Module) -> dict[str, list[float]]:
+    """Three numbers of each parameter that is here, whole and floating: enough to tell models apart, in any dtype."""
+    samples = {}
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.is_meta and not hasattr(weight, "device_mesh"):
+            last = weight.numel() - 1
+            at = torch.tensor([0, last // 2, last - last // 7], device=weight.device)
+            samples[name.replace(".base_layer", "")] = weight.flatten()[at].tolist()
+    return samples
+
+
+def refuse_other_weights(directory: str | os.PathLike, record: dict[str, Any], model: nn.Module) -> None:
+    """Refuses a state that other weights have written; quantized and offloaded ones are not compared."""
+    written, ours = record["weights"], sample_weights(model)
+    dtypes = {getattr(torch, record["dtype"].removeprefix("torch.")), *(weight.dtype for weight in model.parameters())}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point)
+    for name in written.keys() & ours.keys():
+        if any(abs(old - new) > 2 * eps * abs(old) + 1e-7 for old, new in zip(written[name], ours[name], strict=True)):
+            raise ValueError(
+                f"The state in {directory} must be of the weights of this model, got one of others ({name} differs): "
+                "use the model that wrote it, let this one read the text again, or pass check_weights=False."
+            )
+
+
 def tensor_names(num_layers: int) -> list[str]:
     """Names of the tensors of a state, in the order of `RMTCache.tensors`."""
     slots = [f"{memory}.{name}" for memory in LayerState._fields[4:] for name in Slots._fields]
     names = [*LayerState._fields[:4], *slots]
-    return [f"layers.{layer}.{name}" for layer in range(num_layers) for name in names] + ["recent_is_real"]
+    return [f"layers.{layer}.{name}" for layer in range(num_layers) for name in names] + ["history"]
 
 
 def state_shapes(config: RMTConfig, batch_size: int) -> dict[str, tuple[int, ...]]:
@@ -123,17 +152,14 @@ def state_shapes(config: RMTConfig, batch_size: int) -> dict[str, tuple[int, ...
     sizes = (heads, width), (num_scores,), (config.num_attention_heads, width)
     keys, scores, queries = (torch.empty(batch_size, 0, *size, device="meta") for size in sizes)
     layer = LayerState.empty(StateSizes.of(config), keys, scores, queries).tensors()
-    shapes = [tuple(tensor.shape) for tensor in layer] * num_layers + [(batch_size, config.segment_length)]
+    shapes = [tuple(tensor.shape) for tensor in layer] * num_layers + [(batch_size, 1 + config.segment_length)]
     return dict(zip(tensor_names(num_layers), shapes, strict=True))
 
 
 def state_fingerprint(config: RMTConfig) -> dict[str, Any]:
-    """The fields of a configuration that decide the shape and the meaning of a state."""
-    names = ["num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters"]
-    names += ["chunk_length", "segment_length", "num_lookback_segments", "use_qk_norm", "use_attention_sink"]
-    names += ["num_memory_slots", "num_lasting_slots", "num_slots_per_chunk", "num_observing_tokens", "memory_write"]
+    """The fields of a configuration that decide what a state is and how it goes on."""
     fields = vars(config)  # a look through the configuration itself takes 30 times as long
-    return {name: fields[name] for name in names}
+    return {name: fields[name] for name in FINGERPRINT}
 
 
 def check_finite(tensors: dict[str, torch.Tensor]) -> None:

@@ -81,10 +81,10 @@ def test_an_answer_is_printed_word_by_word(model, tokenizer, capsys, streams) ->
     """Before each call of the model that reads a token, all words but that token's are on the screen."""
     chat, seen = Chat(model, tokenizer, max_new_tokens=6, do_sample=False, pad_token_id=0), [""]
     model.generation_config.eos_token_id = None  # all six words
-    model.register_forward_pre_hook(lambda *_: seen.append(seen[-1] + capsys.readouterr().out))
+    model.model.register_forward_pre_hook(lambda *_: seen.append(seen[-1] + capsys.readouterr().out))
     answer = chat.say("w10", streams=streams).split()
     whole = (seen[-1] + capsys.readouterr().out).split()
-    assert len(answer) == 6 and len(seen) == 1 + 6 + 1  # prompt and five tokens by `generate`, the last one by the chat
+    assert len(answer) == 6 and len(seen) == 1 + 6 + 1  # the prompt, and six tokens
     if not streams:
         assert whole == []
         return

@@ -246,7 +246,7 @@ def accepted_and_drafted(model: RMTForCausalLM, ids: torch.Tensor, **options):
         mask = torch.ones_like(ids)  # the id of padding is a token among others here
         output = model.generate(ids, attention_mask=mask, eos_token_id=None, **DICT, **options)
     num_new = output.sequences.shape[1] - ids.shape[1]
-    assert output.past_key_values.get_seq_length() == output.sequences.shape[1] - 1
+    assert output.past_key_values.get_seq_length() == output.sequences.shape[1]
     return output, num_new - len(calls), sum(calls) - ids.shape[1] - (len(calls) - 1)
 
 
@@ -336,7 +336,7 @@ def dialogue(model: RMTForCausalLM, turns: list[tuple[int, dict]]) -> None:
         output = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **going_on, **options)
         assert torch.equal(output.sequences, write(model, ids, 2 * S))
         ids, cache = output.sequences, output.past_key_values
-        assert cache.get_seq_length() == ids.shape[1] - 1
+        assert cache.get_seq_length() == ids.shape[1]
 
 
 def test_many_turns(model):
@@ -356,7 +356,7 @@ def test_drafts_in_every_turn(model, name):
     dialogue(model, [(said, guesser) for said in (1, S, 3 * S + 1)])
 
 
-@pytest.mark.parametrize("answer", [1, S + 1])
+@pytest.mark.parametrize("answer", [1, S])
 def test_answers_that_are_taken_back(model, answer):
     """Three turns of ragged rows; the user takes back each answer and says something else."""
     batch, cache, streams = left_padded(), None, ragged()
@@ -366,7 +366,7 @@ def test_answers_that_are_taken_back(model, answer):
         for row, stream in enumerate(streams):
             assert torch.equal(output.sequences[row, -answer:], write(model, stream, answer)[0, -answer:])
         cache = output.past_key_values
-        cache.crop(1 - answer)
+        cache.crop(-answer)
         more = tiny_ids(len(RAGGED), turn + 3, seed=turn)
         streams = [torch.cat([stream, more[row : row + 1]], 1) for row, stream in enumerate(streams)]
         batch["input_ids"] = torch.cat([batch["input_ids"], more], 1)

@@ -62,7 +62,7 @@ def test_thousands_of_tokens_past_the_window() -> None:
     sampling = {"do_sample": True, "top_k": 0, "eos_token_id": None, "max_new_tokens": 2100}
     output = model.generate(**batch, **sampling, output_logits=True, return_dict_in_generate=True)
     logits = torch.stack(output.logits, 1).double()
-    assert logits.shape[1] == 2100 and output.past_key_values.positions == [3 + 2099, 2 * S + 5 + 2099]
+    assert logits.shape[1] == 2100 and output.past_key_values.positions == [3 + 2100, 2 * S + 5 + 2100]
     torch.testing.assert_close(logits, teacher_forced(model, batch, output.sequences), **ROUNDED)
 
 
@@ -72,7 +72,7 @@ def test_the_state_does_not_grow() -> None:
     sizes = set()
     for length in (1, 3, 5 * S, 20 * S):
         cache = model.generate(ids, **GREEDY, max_new_tokens=length, return_dict_in_generate=True).past_key_values
-        assert isinstance(cache, RMTCache) and cache.get_seq_length() == 5 + length - 1
+        assert isinstance(cache, RMTCache) and cache.get_seq_length() == 5 + length
         sizes.add(cache.nbytes)
     assert len(sizes) == 1 and sizes.pop() > 0
 
@@ -158,7 +158,7 @@ def test_a_second_turn_goes_on_from_the_state(said: int) -> None:
     from_scratch = model.generate(**turn)
     cache = first.past_key_values
     assert torch.equal(model.generate(**turn, past_key_values=cache), from_scratch)
-    assert cache.get_seq_length() == from_scratch.shape[1] - 1
+    assert cache.get_seq_length() == from_scratch.shape[1]
 
 
 @torch.no_grad()
@@ -210,7 +210,7 @@ def test_generation_does_not_need_use_cache_of_the_configuration() -> None:
     wanted = model.generate(ids, **GREEDY, max_new_tokens=3 * S)
     model.config.use_cache = False
     output = model.generate(ids, **GREEDY, max_new_tokens=3 * S, return_dict_in_generate=True)
-    assert torch.equal(output.sequences, wanted) and output.past_key_values.get_seq_length() == wanted.shape[1] - 1
+    assert torch.equal(output.sequences, wanted) and output.past_key_values.get_seq_length() == wanted.shape[1]
 
 
 @pytest.mark.parametrize("name", ["static", "offloaded", "quantized", "offloaded_static"])

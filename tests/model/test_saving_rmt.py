@@ -127,7 +127,7 @@ def test_what_is_written(tmp_path):
     second.save_pretrained(tmp_path)  # over the first
     assert files(tmp_path) == ["README.md", "notes.txt", "rmt_state.json", "state-*.safetensors"]
     record = json.loads((tmp_path / "rmt_state.json").read_text("utf-8"))
-    assert (record["format_version"], record["dtype"], record["positions"]) == (2, "torch.float32", second.positions)
+    assert (record["format_version"], record["dtype"], record["positions"]) == (3, "torch.float32", second.positions)
     assert record["fingerprint"]["segment_length"] == S
     card = (tmp_path / "README.md").read_text("utf-8")
     assert "5 streams at 6, 11, 24, 10, 44 tokens" in card and f"{second.nbytes:,} bytes" in card
@@ -187,7 +187,8 @@ def test_push_to_hub_uploads_the_folder(monkeypatch):
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    ragged_state(tiny_model(dtype=torch.float32)).save_pretrained(tmp_path)
+    model = tiny_model(dtype=torch.float32)  # which a state knows as long as it is there
+    ragged_state(model).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -233,10 +234,10 @@ DAMAGE = {
     "a changed position": (lambda f: edit_record(f, positions=[1, 2, 3, 4, 5]), "rmt_state.json is not as it was"),
     "a cut record": (lambda f: (f / "rmt_state.json").write_text('{"format_ver'), "rmt_state.json cannot be read"),
     "no record": (lambda f: (f / "rmt_state.json").write_text("[]"), "rmt_state.json cannot be read"),
-    "another format": (lambda f: edit_record(f, seal=True, format_version=9), "must have format_version 2, got 9"),
+    "another format": (lambda f: edit_record(f, seal=True, format_version=9), "must have format_version 3, got 9"),
     "the first form": (
         lambda f: edit_record(f, seal=True, format_version=1),
-        "must have format_version 2, got 1: read it with the version of rmt_hf that wrote it, or let the model read",
+        "must have format_version 3, got 1: read it with the version of rmt_hf that wrote it, or let the model read",
     ),
     "NaN": (lambda f: edit_tensors(f, set_value("layers.1.values", torch.nan)), "got NaN .* layers.1.values"),
     "infinite key": (lambda f: edit_tensors(f, set_value("layers.0.keys", torch.inf)), "infinity in layers.0.keys"),
@@ -279,11 +280,50 @@ def test_damage_is_refused(name, saved):
         ({"num_lasting_slots": 4}, "num_lasting_slots None instead of 4"),
         ({"num_observing_tokens": 4}, "num_observing_tokens 3 instead of 4"),
         ({"rope_parameters": {"rope_theta": 5000.0}}, "rope_parameters .*10000.* instead of .*5000"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-06 instead of 1e-05"),
+        ({"hidden_act": "gelu"}, "hidden_act silu instead of gelu"),
+        ({"intermediate_size": 64}, "intermediate_size 48 instead of 64"),
+        ({"use_local_attention": False}, "use_local_attention True instead of False"),
     ],
 )
 def test_a_state_of_another_configuration_is_refused(fields, message, saved):
     with pytest.raises(ValueError, match=f"a state of this configuration, got one with {message}"):
         RMTCache.from_pretrained(saved, tiny_model(**fields))
+
+
+def test_a_field_that_changes_nothing_of_a_state_is_no_other_configuration(saved):
+    RMTCache.from_pretrained(saved, tiny_model(dtype=torch.float32, use_chunked_loss=True, attention_dropout=0.1))
+
+
+@pytest.mark.parametrize(
+    "name", ["embed_tokens.weight", "layers.1.mlp.up_proj.weight", "layers.0.self_attn.q_proj.weight"]
+)
+def test_a_state_of_other_weights_is_refused(name, saved):
+    """Also those of some steps of training."""
+    model = tiny_model(dtype=torch.float32)
+    with torch.no_grad():
+        model.model.get_parameter(name).add_(1e-4)
+    with pytest.raises(ValueError, match=rf"must be of the weights of this model, got .*{name} differs.*check_weights"):
+        RMTCache.from_pretrained(saved, model)
+    assert RMTCache.from_pretrained(saved, model, check_weights=False).is_initialized
+    with pytest.raises(ValueError, match="must be of the weights of this model"):
+        RMTCache.from_pretrained(saved, tiny_model(dtype=torch.float32, seed=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_in_another_dtype_are_no_other_weights(dtype, saved):
+    model = tiny_model(dtype=torch.float32).to(dtype)
+    assert RMTCache.from_pretrained(saved, model).is_initialized
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(1.1)
+    with pytest.raises(ValueError, match="must be of the weights of this model"):
+        RMTCache.from_pretrained(saved, model)
+
+
+def test_a_state_whose_model_is_gone_is_saved_all_the_same(tmp_path):
+    _, cache = read(tiny_model(), tiny_ids(1, 3 * S))
+    cache.save_pretrained(tmp_path)
+    assert RMTCache.from_pretrained(tmp_path, tiny_model(seed=1)).is_initialized
 
 
 def test_what_is_not_there_is_said_so(tmp_path):

@@ -40,14 +40,16 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def trainer(folder: Path, kill_at: int | None = None, streaming: bool = False, **arguments) -> RMTTrainer:
+def trainer(
+    folder: Path, kill_at: int | None = None, streaming: bool = False, data: Dataset | None = None, **arguments
+) -> RMTTrainer:
     """A run with everything that has a state: dropout, AdamW, a scheduler, streams, shuffled epochs, accumulation."""
     torch.manual_seed(0)
     model = tiny_model(dtype=torch.float32, attention_dropout=0.1)
     defaults = {"use_cpu": True, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2, "disable_tqdm": True}
     defaults |= {"stream_length": 2 * S, "bptt_segments": 1, "per_device_train_batch_size": 2, "max_steps": STEPS}
     defaults |= {"gradient_accumulation_steps": 2, "learning_rate": 0.01, "lr_scheduler_type": "cosine", "seed": 3}
-    data = documents()
+    data = data or documents()
     return RMTTrainer(
         model,
         RMTTrainingArguments(output_dir=str(folder), **(defaults | arguments)),
@@ -214,6 +216,18 @@ def test_a_run_with_other_arguments_does_not_take_the_streams(arguments: dict, c
     (name, value), *_ = arguments.items()
     with pytest.raises(ValueError, match=rf"goes on with the arguments it began with, got {name} {value} instead of"):
         trainer(copied, max_steps=2 * STEPS, **arguments).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("index", [0, -1])
+def test_a_run_on_other_data_does_not_take_the_streams(index: int, copied: Path) -> None:
+    """The memory of old documents would go on in new ones."""
+    rows = documents()["input_ids"][:]
+    rows[index] = [*rows[index][:-1], (rows[index][-1] + 1) % 60]
+    for other in (rows, rows[:3] + rows[2:]):
+        with pytest.raises(ValueError, match=r"got documents \d documents \w+ instead of 6 documents \w+"):
+            trainer(copied, max_steps=2 * STEPS, data=Dataset.from_dict({"input_ids": other})).train(
+                resume_from_checkpoint=True
+            )
 
 
 def test_a_checkpoint_without_streams_does_not_go_on_in_stream_mode(tmp_path) -> None:

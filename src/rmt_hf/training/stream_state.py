@@ -6,6 +6,7 @@ state before them without gradient.
 Shapes: B streams, T columns.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -98,6 +99,14 @@ class StreamState:
         ignored = {name: torch.full_like(self.columns[name], IGNORED) for name in ("labels", "shift_labels")}
         before = self.columns | ignored
         return {name: torch.cat([before[name], inputs[name]], 1) for name in inputs}, before["input_ids"].shape[1]
+
+
+def fingerprint_documents(dataset: Any) -> str | None:
+    """How many documents a dataset has, and a hash of the first and the last; None if it has no length."""
+    if not hasattr(dataset, "__len__"):
+        return None
+    ends = [torch.as_tensor(dataset[index]["input_ids"]).tolist() for index in (0, len(dataset) - 1)]
+    return f"{len(dataset)} documents {hashlib.sha256(json.dumps(ends).encode()).hexdigest()[:16]}"
 
 
 def begin_documents(cache: RMTCache, columns: Columns) -> None:

@@ -19,7 +19,7 @@ from .arguments import RMTTrainingArguments, StreamSchedule
 from .checkpoints import UNFINISHED, damage, last_whole_checkpoint, publish_checkpoint, seal_checkpoint
 from .monitoring import RMTMemoryCallback
 from .sharded import NUMBERS_NAME, is_sharded, load_optimizer, load_weights, save_optimizer, with_weights_only
-from .stream_state import Call, Columns, StreamState, begin_documents, read_columns
+from .stream_state import Call, Columns, StreamState, begin_documents, fingerprint_documents, read_columns
 from .streams import IterableStreamDataset, StreamDataset, StreamSampler
 
 
@@ -337,7 +337,8 @@ class RMTTrainer(Trainer):
     def _streams_record(self) -> dict[str, Any]:
         """Settings that must be the same when a run is resumed."""
         names = ("stream_length", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
-        return {**{name: getattr(self.args, name) for name in names}, "data_seed": self._data_seed}
+        record = {name: getattr(self.args, name) for name in names} | {"data_seed": self._data_seed}
+        return record | {"documents": fingerprint_documents(self.train_dataset)}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """As every `Trainer`; and sharded weights."""

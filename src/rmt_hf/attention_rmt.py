@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout, ViewGroup
-from .memory_rmt import RMTMemory, Segments, Slots, at_least_float32, attention_evidence, own_heads, zero_of
+from .memory_rmt import RMTMemory, RMTPerHead, Segments, Slots, at_least_float32, attention_evidence, own_heads, zero_of
 from .state_rmt import LayerState, StateSizes, oldest_groups
 
 
@@ -139,7 +139,7 @@ class RMTFusion(nn.Module):
         self.is_gated = config.fusion_type == "gated"
         num_extra_paths = config.use_local_attention + (config.prefix_length > 0)
         if self.is_gated and config.use_local_attention:
-            self.gate = nn.Linear(config.hidden_size, config.num_attention_heads)
+            self.gate = RMTPerHead(config, config.num_attention_heads)
             self.scale = nn.Parameter(torch.empty(config.num_attention_heads))
         elif num_extra_paths and not self.is_gated:
             self.logits = nn.Parameter(torch.empty(1 + num_extra_paths))
@@ -156,7 +156,7 @@ class RMTFusion(nn.Module):
 
     def share(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the local path counts for (B, T, E), with `"gated"`: (B, T, H, 1)."""
-        gate = at_least_float32(self.gate(hidden_states)).sigmoid() * at_least_float32(own_heads(self.scale))
+        gate = self.gate(hidden_states).sigmoid() * at_least_float32(own_heads(self.scale))
         return gate.to(hidden_states.dtype)[..., None]
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .configuration_rmt import RMTConfig
 
@@ -111,6 +112,19 @@ def in_steps(strengths: torch.Tensor) -> torch.Tensor:
 def stretched_sigmoid(logits: torch.Tensor) -> torch.Tensor:
     """A sigmoid that reaches 0 and 1 exactly, so that a slot can be kept for ever or replaced whole."""
     return ((1 + 2 * GATE_STRETCH) * torch.sigmoid(logits) - GATE_STRETCH).clamp(0, 1)
+
+
+class RMTPerHead(nn.Module):
+    """A number for each head, float32 or wider, of (B, T, E). It is no `nn.Linear`, so that no tool quantizes it."""
+
+    def __init__(self, config: RMTConfig, num_heads: int) -> None:
+        super().__init__()
+        self.out_features = num_heads  # tensor parallelism asks
+        linear = nn.Linear(config.hidden_size, num_heads)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return at_least_float32(F.linear(hidden_states, self.weight, self.bias))
 
 
 class RMTRing(nn.Module):
@@ -255,13 +269,13 @@ class RMTMemory(nn.Module):
         super().__init__()
         self.rings = nn.ModuleList([RMTRing(config, *part) for part in config.memory_parts])
         uses_score = any(ring.uses_score for ring in self.rings)
-        self.score_proj = nn.Linear(config.hidden_size, config.key_value_shape[0]) if uses_score else None
+        self.score_proj = RMTPerHead(config, config.key_value_shape[0]) if uses_score else None
 
     def scores(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The learned score of each token, (B, T, E) after the input norm to (B, T, G); (B, T, 0) where none is."""
         if self.score_proj is None:
             return at_least_float32(hidden_states[..., :0])
-        return at_least_float32(self.score_proj(hidden_states))
+        return self.score_proj(hidden_states)
 
     def forward(self, memory: Slots, segments: Segments | None) -> tuple[list[Slots], torch.Tensor]:
         """Writes leaving segments, if there are any, to all parts of memory (B, M, G, D).

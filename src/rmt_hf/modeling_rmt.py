@@ -29,7 +29,7 @@ from .cache_rmt import RMTCache, check_cache_type, real_columns, stream_starts
 from .configuration_rmt import RMTConfig
 from .generation_rmt import RMTGeneration
 from .layout_rmt import CallLayout, check_ids, check_labels, clear_padding, embed, find_restarts, plan_call
-from .memory_rmt import RMTRing
+from .memory_rmt import RMTPerHead, RMTRing
 from .state_rmt import LayerState
 
 
@@ -95,6 +95,9 @@ class RMTPreTrainedModel(PreTrainedModel):
         if isinstance(module, RMTRing | RMTFusion):
             for name, parameter in module.named_parameters(recurse=False):
                 init.constant_(parameter, FIRST_VALUES[name])
+        elif isinstance(module, RMTPerHead):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
         elif isinstance(module, RMTSink):
             init.normal_(module.key, std=self.config.initializer_range)
             init.zeros_(module.value)
@@ -303,10 +306,10 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
 
         Returns:
             `logits` (B, T, V), `loss`, `past_key_values`, and what `output_hidden_states`, `output_attentions` ask for.
-            With labels and `config.use_chunked_loss` no logits, unless an adapter or processes hold the projection.
+            With labels and `config.use_chunked_loss` no logits, unless the projection is quantized, sharded or adapted.
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
-        is_plain = type(self.lm_head) is nn.Linear and not hasattr(self.lm_head.weight, "device_mesh")
+        is_plain = type(self.lm_head) is nn.Linear and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor)
         in_chunks = labels is not None and self.config.use_chunked_loss and is_plain
         if in_chunks and not hasattr(F, "linear_cross_entropy"):
             version = f"torch 2.13 or newer, got {torch.__version__}"

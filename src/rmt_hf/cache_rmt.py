@@ -202,6 +202,14 @@ class RMTCache(Cache):
         # A copy, because a call without gradients writes in place what a backward pass may still need.
         return self._map(lambda tensor: tensor.detach().clone())
 
+    def to(self, device: torch.device | str | int, non_blocking: bool | None = None) -> "RMTCache":
+        """Moves the state to a device, in place.
+
+        With `non_blocking` it stays: so accelerate moves whatever has a method `to` with the inputs and outputs of a
+        model, while a state belongs where the layers are.
+        """
+        return self._map(lambda tensor: tensor.to(device)) if non_blocking is None else self
+
     def clone(self) -> "RMTCache":
         """An independent copy of the state."""
         return self._copy()._map(torch.Tensor.clone)

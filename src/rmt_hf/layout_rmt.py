@@ -9,7 +9,6 @@ prefix (slots and sink). The columns that a token may see are P of the prefix, t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,9 +26,11 @@ class ViewGroup(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
-class CallLayout:
-    """The plan of one call, read by every layer. Index tensors are int64, masks of columns are bool."""
+class CallLayout(NamedTuple):
+    """The plan of one call, read by every layer. Index tensors are int64, masks of columns are bool.
+
+    A tuple, whose tensors accelerate and FSDP bring to the device of a layer.
+    """
 
     num_columns: int  # T
     num_views: int  # F. With one view, its queries are the T columns as they come; with several, each has S

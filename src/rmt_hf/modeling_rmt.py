@@ -6,7 +6,6 @@ belong (layout_rmt); rotary tables once; the only loop over layers; norm; head.
 
 import re
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -231,7 +230,7 @@ class RMTModel(RMTPreTrainedModel):
         """Last hidden states (B, T, E); the state changes when all is done."""
         hidden_states, layout = self._prepare(cache, *inputs)
         states = None if cache is None else [layer.state for layer in cache.layers]
-        hidden_states, states = self._run_layers(hidden_states, replace(layout, starts=(), ends=()), states)
+        hidden_states, states = self._run_layers(hidden_states, layout._replace(starts=(), ends=()), states)
         if cache is not None:
             cache.commit(states, layout, inputs[0], self)
         return hidden_states
@@ -306,10 +305,12 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
 
         Returns:
             `logits` (B, T, V), `loss`, `past_key_values`, and what `output_hidden_states`, `output_attentions` ask for.
-            With labels and `config.use_chunked_loss` no logits, unless the projection is quantized, sharded or adapted.
+            With labels and `config.use_chunked_loss` no logits, unless a tool has changed the projection.
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
-        is_plain = type(self.lm_head) is nn.Linear and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor)
+        # Quantized, sharded, offloaded or adapted weights are for the forward pass of their own module alone.
+        is_plain = type(self.lm_head) is nn.Linear and "forward" not in vars(self.lm_head)
+        is_plain = is_plain and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor)
         in_chunks = labels is not None and self.config.use_chunked_loss and is_plain
         if in_chunks and not hasattr(F, "linear_cross_entropy"):
             version = f"torch 2.13 or newer, got {torch.__version__}"

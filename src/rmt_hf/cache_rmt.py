@@ -341,7 +341,7 @@ class RMTCache(Cache):
         """
         config = cast(RMTConfig, model.config)
         cache = cls(config)
-        record, (*tensors, cache.history) = read_state(directory, config, model.device, **hub)
+        record, (*tensors, cache.history) = read_state(directory, config, reading_device(model), **hub)
         if check_weights:
             refuse_other_weights(directory, record, model.base_model)
         size = len(tensors) // len(cache.layers)
@@ -410,6 +410,13 @@ def empty_history(ids: torch.Tensor, segment: int) -> torch.Tensor:
 def signed(number: int) -> int:
     """A number modulo 2^64 as int64 has it."""
     return (number + 2**63) % 2**64 - 2**63
+
+
+def reading_device(model: PreTrainedModel) -> torch.device:
+    """The device on which a model reads, also while its weights are offloaded and have none."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None)
+    return torch.device(next(devices, "cpu")) if model.device.type == "meta" else model.device
 
 
 def check_cache_type(cache: object) -> None:

@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from helpers import CLOSE, FORMS, SIZES, S, pad_left, prompts, read, row_state, tiny_ids, tiny_model
 from rmt_hf import RMTCache
+from rmt_hf.evaluation.ablation import empty_memories, stream_bits
+from rmt_hf.evaluation.bits import token_bits
 
 
 SOME = ("gated select", "two parts", "paper")
@@ -137,3 +139,17 @@ def test_hooks_leave_a_state_where_it_is() -> None:
         send_to_device(given, "meta", non_blocking=True)
         send_to_device(given, "meta")
     assert not any(tensor.is_meta for tensor in state.tensors())
+
+
+@pytest.mark.parametrize("way", ["disk", "cpu_offload", "dispatch_model to a disk"])
+@torch.no_grad()
+def test_a_saved_state_and_evaluation_of_an_offloaded_model(way, tmp_path) -> None:
+    plain, ids = tiny_model(), tiny_ids(2, 3 * S)
+    plain.memorize(ids).save_pretrained(tmp_path / "state")
+    expected = read(plain, ids[:, :1], cache=plain.memorize(ids))[0]
+    bits, conditions = token_bits(plain, ids), stream_bits(plain, ids, {"emptied": empty_memories})
+    model = offloaded(way, plain, tmp_path)
+    state = RMTCache.from_pretrained(tmp_path / "state", model)
+    torch.testing.assert_close(read(model, ids[:, :1], cache=state)[0], expected, **CLOSE)
+    torch.testing.assert_close(token_bits(model, ids), bits)
+    torch.testing.assert_close(stream_bits(model, ids, {"emptied": empty_memories}), conditions)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 from tqdm.auto import tqdm
 
-from ..cache_rmt import RMTCache
+from ..cache_rmt import RMTCache, reading_device
 from ..memory_rmt import Slots
 from ..modeling_rmt import RMTForCausalLM
 from .bits import bits_of, evaluation_mode
@@ -130,7 +130,7 @@ def stream_bits(
         raise ValueError("The name 'own' is that of the stream without ablation: give the ablation another name.")
     if ablations and not model.config.num_memory_slots:
         raise ValueError("The model has no memory to ablate: leave out ablations, or use token_bits.")
-    ids, segment = input_ids.to(model.device), model.config.segment_length
+    ids, segment = input_ids.to(reading_device(model)), model.config.segment_length
     caches = {name: RMTCache(model.config) for name in ("own", *ablations)}
     bits: dict[str, list[torch.Tensor]] = {name: [] for name in caches}
     with evaluation_mode(model):

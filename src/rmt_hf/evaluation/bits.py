@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..cache_rmt import reading_device
+
 
 @torch.no_grad()
 def token_bits(
@@ -66,7 +68,7 @@ def token_bits(
         raise ValueError(f"stride is only for windows, got stride={stride} without window: give both, or neither.")
     if slice_length < 1 or (window is not None and window < 1):
         raise ValueError(f"window and slice_length must be at least 1, got {window} and {slice_length}.")
-    ids, bits = input_ids.to(model.device), [torch.zeros(len(input_ids), 0)]
+    ids, bits = input_ids.to(reading_device(model)), [torch.zeros(len(input_ids), 0)]
     step = slice_length if window is None else max(1, window // 2) if stride is None else stride
     if window is not None and not 1 <= step <= window:
         raise ValueError(f"stride must be from 1 to window ({window}), got {stride}: a larger one skips tokens.")

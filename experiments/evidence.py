@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from experiments.baselines import build_baseline, num_parameters, read, state_bytes
-from experiments.corpora import shakespeare
+from experiments.corpora import shakespeare, whole_rows
 from experiments.evidence_report import write_evidence
 from experiments.one_token_facts import (
     FIRST_QUESTION,
@@ -35,7 +35,7 @@ from experiments.one_token_facts import (
 from experiments.reports import environment
 from experiments.tasks import TaskBatch, accuracy
 from rmt_hf import RMTConfig, RMTForCausalLM
-from rmt_hf.data import cut_into_rows, token_byte_counts, tokenize, train_tokenizer
+from rmt_hf.data import token_byte_counts, tokenize, train_tokenizer
 from rmt_hf.evaluation.ablation import empty_memories, pass_on_memories, stream_bits
 from rmt_hf.evaluation.bits import bits_per_byte, token_bits
 from rmt_hf.memory_rmt import RMTRing
@@ -264,13 +264,12 @@ class Text(NamedTuple):
 def read_text(args: argparse.Namespace) -> Text:
     """Shakespeare; every fourth play is held out."""
     training, held_out = shakespeare()
-    tokenizer = train_tokenizer(training["text"], 1024)
-    rows = cut_into_rows(tokenize(training, tokenizer), args.row_length)
-    rows = rows.map(lambda row: {"labels": row["input_ids"]}, keep_in_memory=True, desc="Labelling")
+    tokenizer = train_tokenizer(training["text"], 1025)  # the last is padding, which no row has and no model knows
+    rows = whole_rows(tokenize(training, tokenizer), args.row_length)
     documents = tokenize(held_out, tokenizer)["input_ids"]
     input_ids = torch.tensor([ids[: args.document_tokens] for ids in documents if len(ids) >= args.document_tokens])
     token_bytes = token_byte_counts(tokenizer)[input_ids[:, 1:]]
-    return Text(rows, input_ids, token_bytes, text_config(len(tokenizer), tokenizer.eos_token_id))
+    return Text(rows, input_ids, token_bytes, text_config(len(tokenizer) - 1, tokenizer.eos_token_id))
 
 
 def run_text(

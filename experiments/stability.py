@@ -53,9 +53,9 @@ def tiny_config(vocab_size: int) -> RMTConfig:
 
 
 def documents(vocab_size: int, max_documents: int | None) -> Dataset:
-    """The training texts of Shakespeare as `input_ids`, cut by a byte-level tokenizer of this size."""
+    """The training texts of Shakespeare as `input_ids`, cut by a byte-level tokenizer of this size without padding."""
     texts, _ = shakespeare(max_documents)
-    return tokenize(texts, train_tokenizer(texts["text"], vocab_size))
+    return tokenize(texts, train_tokenizer(texts["text"], vocab_size + 1))
 
 
 def non_finite(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:

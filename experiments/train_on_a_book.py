@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -28,7 +29,9 @@ from rmt_hf.evaluation.ablation import empty_memories, pass_on_memories, stream_
 from rmt_hf.files import write_whole
 
 
-def make_config(args: argparse.Namespace, token_id: int, intermediate_size: int, num_memory_slots: int) -> RMTConfig:
+def make_config(
+    args: argparse.Namespace, ids: dict[str, Any], intermediate_size: int, num_memory_slots: int
+) -> RMTConfig:
     return RMTConfig(
         vocab_size=args.vocab_size,
         hidden_size=args.hidden_size,
@@ -43,22 +46,20 @@ def make_config(args: argparse.Namespace, token_id: int, intermediate_size: int,
         use_qk_norm=True,
         initializer_range=0.08,
         tie_word_embeddings=True,
-        bos_token_id=token_id,
-        eos_token_id=token_id,
-        pad_token_id=token_id,
+        **ids,
     )
 
 
-def make_models(args: argparse.Namespace, token_id: int) -> tuple[RMTForCausalLM, RMTForCausalLM]:
+def make_models(args: argparse.Namespace, ids: dict[str, Any]) -> tuple[RMTForCausalLM, RMTForCausalLM]:
     """The model, and one without memory whose wider MLP makes up for the parameters of memory."""
     width = round(args.hidden_size * 8 / 3 / 16) * 16
     set_seed(args.seed)
-    model = RMTForCausalLM(make_config(args, token_id, width, args.memory_slots))
-    bare = RMTForCausalLM(make_config(args, token_id, width, 0))
+    model = RMTForCausalLM(make_config(args, ids, width, args.memory_slots))
+    bare = RMTForCausalLM(make_config(args, ids, width, 0))
     missing = model.num_parameters() - bare.num_parameters()
     width += round(missing / (3 * args.hidden_size * args.layers))
     set_seed(args.seed)
-    return model, RMTForCausalLM(make_config(args, token_id, width, 0))
+    return model, RMTForCausalLM(make_config(args, ids, width, 0))
 
 
 def train(model: RMTForCausalLM, documents: Dataset, args: argparse.Namespace) -> str:
@@ -79,9 +80,7 @@ def train(model: RMTForCausalLM, documents: Dataset, args: argparse.Namespace) -
         dataloader_pin_memory=False,
         seed=args.seed,  # the same rows in the same order for every model
     )
-    rows = cut_into_rows(documents, args.row_length)
-    rows = rows.map(lambda row: {"labels": row["input_ids"]}, keep_in_memory=True, desc="Labelling")
-    trainer = RMTTrainer(model, arguments, train_dataset=rows)
+    trainer = RMTTrainer(model, arguments, train_dataset=cut_into_rows(documents, args.row_length))
     start = time.perf_counter()
     trainer.train()
     model.config.use_cache = True  # the Trainer has switched it off; generation wants it
@@ -130,7 +129,8 @@ def main() -> None:
     input_ids = torch.tensor([ids[:length] for ids in held_out_ids])
     token_bytes = token_byte_counts(tokenizer)[input_ids[:, 1:]]
 
-    model, bare = make_models(args, tokenizer.eos_token_id)
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model, bare = make_models(args, {name: getattr(tokenizer, name) for name in names})
     if args.no_memory_to is not None:
         summary = train(bare, documents, args)
         return save_file({"bits": token_bits(bare, input_ids)}, args.no_memory_to, {"training": summary})
@@ -153,7 +153,7 @@ def main() -> None:
     generator = pipeline("text-generation", model=str(folder))
     sample = generator(prompt, max_new_tokens=args.sample_tokens, do_sample=True, top_k=40, return_full_text=False)
 
-    num_rows = sum(len(ids) // args.row_length for ids in documents["input_ids"])
+    num_rows = sum(-(-len(ids) // args.row_length) for ids in documents["input_ids"])
     facts = {
         "trained on": f"{num_rows:,} rows of {args.row_length:,} tokens from {len(train_texts)} texts, "
         f"{args.steps:,} steps of {args.batch_size} rows, the same for both models",

@@ -5,19 +5,27 @@ streaming.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from numpy.typing import ArrayLike
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 
-END_OF_TEXT = "<|endoftext|>"
+logger = logging.get_logger(__name__)
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 IGNORED = -100  # label of a token that is not to be learned
+WORD_BYTES = 1000  # that BPE learns from at a time: training takes time by the square of the longest word
+# A word of byte-level BPE is letters, digits, blanks, or anything else.
+LONG_WORD = re.compile(
+    "|".join(f"(?:{kind}){{{WORD_BYTES + 1}}}" for kind in (r"[^\W\d_]", r"\d", r"\s", r"[^\w\s]|_"))
+)
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
@@ -26,25 +34,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
     """Trains a byte-level BPE tokenizer that begins every text with the end-of-text token.
 
     Args:
-        texts: Training texts.
-        vocab_size: Number of tokens, at least 257 (256 bytes and the end-of-text token, whose id is 0).
+        texts: Training texts. Words of more than `WORD_BYTES` bytes are cut, to learn from; a warning says so.
+        vocab_size: Number of tokens, at least 258 (256 bytes, the end-of-text token, whose id is 0, and the padding
+            token, whose id is the last).
         show_progress: Whether to show a progress bar.
 
     Raises:
         ValueError: If the vocabulary is too small for all bytes.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
+    if vocab_size < len(alphabet) + 2:
         raise ValueError(
-            f"vocab_size must be at least {len(alphabet) + 1} (all bytes and {END_OF_TEXT}), got {vocab_size}."
+            f"vocab_size must be at least {len(alphabet) + 2} (all bytes, {END_OF_TEXT} and {PAD}), got {vocab_size}."
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cut = pre_tokenizers.Split(Regex(f".{{1,{WORD_BYTES}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, cut])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=show_progress
+        vocab_size=vocab_size - 1, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=show_progress
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(_watched(texts), trainer)
+    tokenizer.pre_tokenizer = byte_level
+    tokenizer.add_special_tokens([PAD])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
     )
@@ -52,10 +65,20 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
+        pad_token=PAD,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
+
+
+def _watched(texts: Iterable[str]) -> Iterator[str]:
+    """The texts; a warning says once that words in them are cut."""
+    is_quiet = False
+    for text in texts:
+        if not is_quiet and (found := LONG_WORD.search(text)) is not None:
+            logger.warning(f"Words of more than {WORD_BYTES:,} bytes are cut to train a tokenizer: {found[0][:20]}...")
+            is_quiet = True
+        yield text
 
 
 def token_byte_counts(tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -85,19 +108,35 @@ def _map(dataset: AnyDataset, function: Callable, removed: list[str], descriptio
     return dataset.map(function, batched=True, remove_columns=removed, **in_memory)
 
 
+def _texts(batch: dict[str, list], column: str) -> list[str]:
+    """A column of texts, after checking that it holds nothing else."""
+    for text in batch[column]:
+        if not isinstance(text, str):
+            got = "null" if text is None else f"{text!r}, a {type(text).__name__}"
+            raise ValueError(f"The column {column} must hold a text in every row, got {got}: leave such rows out.")
+    return batch[column]
+
+
+def _missing_end(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The end-of-text token, if there is one and the tokens do not end with it."""
+    end = tokenizer.eos_token_id
+    return [] if end is None or ids[-1:] == [end] else [end]
+
+
 def tokenize(texts: AnyDataset, tokenizer: PreTrainedTokenizerFast) -> AnyDataset:
-    """The texts with a column `input_ids` instead of `text`; other columns stay.
+    """The texts with a column `input_ids` instead of `text`, which ends with the end-of-text token; other columns stay.
 
     Args:
         texts: With a column `text`, a whole document in each row.
-        tokenizer: Of the model.
+        tokenizer: Of the model. Without `eos_token` nothing is added.
 
     Raises:
-        ValueError: If there is no such column.
+        ValueError: If there is no such column, or a row has no text.
     """
 
     def cut(batch: dict[str, list]) -> dict[str, list]:
-        return {"input_ids": tokenizer(batch["text"], return_attention_mask=False)["input_ids"]}
+        all_ids: list[list[int]] = tokenizer(_texts(batch, "text"), return_attention_mask=False)["input_ids"]
+        return {"input_ids": [ids + _missing_end(ids, tokenizer) for ids in all_ids]}
 
     return _map(texts, cut, ["text"], "Tokenizing")
 
@@ -105,32 +144,51 @@ def tokenize(texts: AnyDataset, tokenizer: PreTrainedTokenizerFast) -> AnyDatase
 def tokenize_completions(pairs: AnyDataset, tokenizer: PreTrainedTokenizerFast) -> AnyDataset:
     """The pairs with columns `input_ids` and `labels`, which are -100 in the prompt; other columns stay.
 
-    Prompt and completion are tokenized as one text; a token with characters of both belongs to the prompt.
+    Prompt and completion are tokenized as one text; a token with characters of both belongs to the prompt. The
+    end-of-text token is added and learned.
 
     Args:
         pairs: With text columns `prompt` and `completion`.
-        tokenizer: A fast one, which knows the offsets of its tokens. If the model is to learn to stop, end the
-            completions with the end-of-text token: the tokenizer does not add it.
+        tokenizer: A fast one, which knows the offsets of its tokens. Without `eos_token` nothing is added.
 
     Raises:
-        ValueError: If there are no such columns.
+        ValueError: If there are no such columns, or a row has no text.
     """
 
     def cut(batch: dict[str, list]) -> dict[str, list]:
-        whole = [prompt + completion for prompt, completion in zip(batch["prompt"], batch["completion"], strict=True)]
+        prompts, completions = _texts(batch, "prompt"), _texts(batch, "completion")
+        whole = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
         encoded = tokenizer(whole, return_attention_mask=False, return_offsets_mapping=True)
         all_ids: list[list[int]] = encoded["input_ids"]
         labels = [
             [number if first >= len(prompt) else IGNORED for number, (first, _) in zip(ids, offsets, strict=True)]
-            for ids, offsets, prompt in zip(all_ids, encoded["offset_mapping"], batch["prompt"], strict=True)
+            for ids, offsets, prompt in zip(all_ids, encoded["offset_mapping"], prompts, strict=True)
         ]
-        return {"input_ids": all_ids, "labels": labels}
+        ends = [_missing_end(ids, tokenizer) for ids in all_ids]
+        columns = {"input_ids": all_ids, "labels": labels}
+        return {name: [ids + end for ids, end in zip(column, ends, strict=True)] for name, column in columns.items()}
 
     return _map(pairs, cut, ["prompt", "completion"], "Tokenizing pairs")
 
 
+def _chat_columns(ids: list[int], is_own: list[int], tokenizer: PreTrainedTokenizerFast) -> dict[str, list[int]]:
+    """Tokens and labels of a chat, in which the end of a turn is learned that is."""
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    before = [0, *is_own[:-1]]
+    learned = [own or (last and number in special) for number, own, last in zip(ids, is_own, before, strict=True)]
+    labels = [number if own else IGNORED for number, own in zip(ids, learned, strict=True)]
+    shown = next(
+        (number for number in reversed(ids) if number in special or str(tokenizer.decode(number)).strip()), None
+    )
+    end = _missing_end(ids, tokenizer) if is_own[-1:] == [1] and shown not in special else []
+    return {"input_ids": ids + end, "labels": labels + end}
+
+
 def tokenize_chats(chats: AnyDataset, tokenizer: PreTrainedTokenizerFast, all_turns: bool = False) -> AnyDataset:
     """The chats with columns `input_ids` and `labels`, which are -100 outside the turns of the assistant.
+
+    A special token directly behind a turn of the assistant, which ends it, is learned, too. Where the template ends a
+    chat with no special token, the end-of-text token is added.
 
     Args:
         chats: With a column `messages`, lists of `{"role": ..., "content": ...}`.
@@ -151,15 +209,22 @@ def tokenize_chats(chats: AnyDataset, tokenizer: PreTrainedTokenizerFast, all_tu
         encoded: Any = tokenizer.apply_chat_template(
             batch["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=not all_turns
         )
-        if all_turns:
-            return {"input_ids": encoded["input_ids"], "labels": encoded["input_ids"]}
-        labels = [
-            [number if said else IGNORED for number, said in zip(ids, mask, strict=True)]
-            for ids, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        ]
-        return {"input_ids": encoded["input_ids"], "labels": labels}
+        all_ids: list[list[int]] = encoded["input_ids"]
+        masks = [[1] * len(ids) for ids in all_ids] if all_turns else encoded["assistant_masks"]
+        rows = [_chat_columns(*row, tokenizer) for row in zip(all_ids, masks, strict=True)]
+        return {name: [row[name] for row in rows] for name in ("input_ids", "labels")}
 
     return _map(chats, cut, ["messages"], "Tokenizing chats")
+
+
+def _parts(batch: dict[str, list], row_length: int, segment_length: int) -> list[dict[str, np.ndarray]]:
+    """Documents, cut where they are longer than a row and padded to whole segments."""
+    labels = batch.get("labels", batch["input_ids"])
+    return [
+        document_columns(ids[start : start + row_length], own[start : start + row_length], segment_length)
+        for ids, own in zip(batch["input_ids"], labels, strict=True)
+        for start in range(0, len(ids), row_length)
+    ]
 
 
 def pack(documents: AnyDataset, row_length: int, segment_length: int) -> AnyDataset:
@@ -175,7 +240,7 @@ def pack(documents: AnyDataset, row_length: int, segment_length: int) -> AnyData
 
     Returns:
         Rows with `input_ids`, `attention_mask`, `position_ids` and `labels`, which are -100 at padding and where a
-        document begins.
+        document begins. Their collator is `default_data_collator`: one that makes labels anew would learn both.
 
     Raises:
         ValueError: If the rows are no whole segments, or there is no column `input_ids`.
@@ -187,12 +252,7 @@ def pack(documents: AnyDataset, row_length: int, segment_length: int) -> AnyData
         )
 
     def fill(batch: dict[str, list]) -> dict[str, list]:
-        labels = batch.get("labels", batch["input_ids"])
-        parts = [
-            document_columns(ids[start : start + row_length], own[start : start + row_length], segment_length)
-            for ids, own in zip(batch["input_ids"], labels, strict=True)
-            for start in range(0, len(ids), row_length)
-        ]
+        parts = _parts(batch, row_length, segment_length)
         rows: list[list[dict[str, np.ndarray]]] = []
         free: list[int] = []
         for part in sorted(parts, key=lambda part: -len(part["input_ids"])):
@@ -247,20 +307,41 @@ def join_columns(parts: list[dict[str, np.ndarray]], length: int) -> dict[str, n
     return joined
 
 
-def cut_into_rows(documents: Dataset, row_length: int) -> Dataset:
-    """Rows of `row_length` tokens, each from one document; the rest of a document is dropped.
+def cut_into_rows(documents: AnyDataset, row_length: int) -> AnyDataset:
+    """Rows of `row_length` columns, each from one document; the last one of a document is padded.
 
     Args:
-        documents: With a column `input_ids`, as `tokenize` returns them.
-        row_length: Tokens of a row, many segments, so that memory is written and read inside it.
+        documents: With a column `input_ids` and, if not every token is to be learned, `labels`.
+        row_length: Columns of a row, many segments, so that memory is written and read inside it.
+
+    Returns:
+        Rows with `input_ids`, `attention_mask` and `labels`, which are -100 at padding and where a row begins.
+
+    Raises:
+        ValueError: If there is no column `input_ids`.
     """
 
     def cut(batch: dict[str, list]) -> dict[str, list]:
-        starts = (
-            (ids, start) for ids in batch["input_ids"] for start in range(0, len(ids) - row_length + 1, row_length)
-        )
-        return {"input_ids": [ids[start : start + row_length] for ids, start in starts]}
+        names = ("input_ids", "attention_mask", "labels")
+        parts = _parts(batch, row_length, row_length)
+        return {name: [part[name].tolist() for part in parts] for name in names}
 
-    return documents.map(
-        cut, batched=True, remove_columns=documents.column_names, keep_in_memory=True, desc="Cutting into rows"
-    )
+    others: list[str] = [name for name in _column_names(documents) if name != "input_ids"]
+    return _map(documents, cut, ["input_ids", *others], "Cutting into rows")
+
+
+def collate(documents: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of documents of any length, padded on the right: the `data_collator` of plain rows.
+
+    Columns are padding because nothing is there, not because of their token: the end-of-text token is learned where it
+    is the padding token, too. `DataCollatorForLanguageModeling` would mask it.
+
+    Args:
+        documents: With `input_ids` and, if not every token is to be learned, `labels`.
+
+    Returns:
+        `input_ids`, `attention_mask`, and `labels`, which are -100 at padding; (B, T) int64.
+    """
+    parts = [document_columns(row["input_ids"], row.get("labels", row["input_ids"]), 1) for row in documents]
+    rows = [join_columns([part], max(len(part["input_ids"]) for part in parts)) for part in parts]
+    return {name: torch.tensor(np.stack([row[name] for row in rows])) for name in rows[0] if name != "position_ids"}

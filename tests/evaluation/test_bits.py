@@ -217,7 +217,7 @@ def test_documents_count_as_far_as_they_go():
 
 
 def test_known_byte_counts():
-    tokenizer = train_tokenizer(["aaaa"], 257)
+    tokenizer = train_tokenizer(["aaaa"], 258)
     input_ids = torch.tensor([tokenizer("aé€")["input_ids"]])  # an end-of-text token, then 1, 2 and 3 bytes
     token_bytes = token_byte_counts(tokenizer)[input_ids[:, 1:]]
     bits = torch.full(token_bytes.shape, 8.0)

@@ -37,16 +37,23 @@ def test_rows_stay_within_their_text():
     tokenizer = train_tokenizer(TEXTS, 300)
     documents = tokenize(Dataset.from_dict({"title": ["a", "b"], "text": TEXTS}), tokenizer)
     rows = cut_into_rows(documents, 10)
-    assert documents.column_names == ["title", "input_ids"] and rows.column_names == ["input_ids"]
-    expected = [
-        ids[start : start + 10] for ids in documents["input_ids"] for start in range(0, len(ids) // 10 * 10, 10)
-    ]
-    assert rows["input_ids"][:] == expected
+    assert documents.column_names == ["title", "input_ids"]
+    expected = [ids[start : start + 10] for ids in documents["input_ids"] for start in range(0, len(ids), 10)]
+    missing = [10 - len(ids) for ids in expected]
+    assert sum(missing) > 0
+    wanted = {
+        "input_ids": [[*ids, *[0] * number] for ids, number in zip(expected, missing, strict=True)],
+        "attention_mask": [[1] * (10 - number) + [0] * number for number in missing],
+        "labels": [[-100, *ids[1:], *[-100] * number] for ids, number in zip(expected, missing, strict=True)],
+    }
+    assert rows.to_dict() == wanted
+    streamed = list(cut_into_rows(documents.to_iterable_dataset(), 10))
+    assert streamed == list(rows)
 
 
 def test_too_small_vocabulary():
-    with pytest.raises(ValueError, match="257"):
-        train_tokenizer(TEXTS, 256)
+    with pytest.raises(ValueError, match="258"):
+        train_tokenizer(TEXTS, 257)
 
 
 # Pairs, chats and packing
@@ -62,9 +69,11 @@ def test_prompts_are_not_learned(streaming: bool):
     pairs = Dataset.from_dict({"prompt": ["To be or", "Qué?"], "completion": [" not to be", " 東京"]})
     rows = list(tokenize_completions(as_stream(pairs, streaming), tokenizer))
     for row, pair in zip(rows, pairs, strict=True):
-        assert row["input_ids"] == tokenizer(pair["prompt"] + pair["completion"])["input_ids"]
+        assert row["input_ids"] == [*tokenizer(pair["prompt"] + pair["completion"])["input_ids"], 0]
         learned = [label for label in row["labels"] if label != -100]
-        assert tokenizer.decode(learned) == pair["completion"] and row["labels"][-len(learned) :] == learned
+        assert (
+            tokenizer.decode(learned) == pair["completion"] + END_OF_TEXT and row["labels"][-len(learned) :] == learned
+        )
     with pytest.raises(ValueError, match=r"must have the columns \['prompt', 'completion'\], got \['text'\]"):
         tokenize_completions(as_stream(Dataset.from_dict({"text": ["a"]}), streaming), tokenizer)
 
@@ -85,9 +94,10 @@ def test_only_the_assistant_is_learned(streaming: bool):
     ]
     data = as_stream(Dataset.from_dict({"messages": chats}), streaming)
     for row, chat in zip(tokenize_chats(data, tokenizer), said, strict=True):
-        assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "".join(
-            f"{text}!" for text in chat[1::2]
-        )
+        assert (
+            tokenizer.decode([label for label in row["labels"] if label != -100])
+            == "".join(f"{text}!" for text in chat[1::2]) + END_OF_TEXT
+        )  # the template has no end of its own
         assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
         assert all(f"<{text}>" in tokenizer.decode(row["input_ids"]) for text in chat[::2])
     assert all(row["labels"] == row["input_ids"] for row in tokenize_chats(data, tokenizer, all_turns=True))

@@ -45,8 +45,9 @@ class StreamDataset(torch.utils.data.Dataset):
         counts = [batch["input_ids"].value_lengths().to_numpy() for batch in map(dict_of, arrow.iter(10_000))]
         lengths = np.concatenate([*counts, np.zeros(0, np.int64)])
         self.num_tokens = int(lengths.sum())
-        if not self.num_tokens:
-            raise ValueError(f"documents must have tokens in `input_ids`, got {len(documents)} documents without any.")
+        if lengths.max(initial=0) < 2:
+            rule = "documents must have two tokens or more in `input_ids`, so that one can be predicted"
+            raise ValueError(f"{rule}, got {len(documents)} that have none or one.")
         self.columns = -(-lengths // segment_length) * segment_length  # of each document, padded to whole segments
         self.streams = self._balanced_streams()
         self.num_slices = max(-(-int(self.columns[stream].sum()) // stream_length) for stream in self.streams)

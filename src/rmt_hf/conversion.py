@@ -16,7 +16,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,6 +27,17 @@ from . import RMTConfig, RMTForCausalLM
 from .configuration_rmt import MEMORY_WRITES
 from .evaluation.bits import evaluation_mode
 from .files import write_whole
+from .sources import (
+    FAMILIES,
+    check_names,
+    check_source,
+    check_tensors,
+    check_window,
+    generation_settings,
+    hub_id,
+    load_tokenizer,
+    source_record,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +45,6 @@ logger = logging.get_logger(__name__)
 SEGMENT_LENGTH = 128  # default of a converted model
 NUM_OBSERVING_TOKENS = 32  # default of a converted model, at most its segment
 PRESENT_FADE = 1.0  # of a strength, at each segment; lasting tokens do not fade
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # `model_type` of sources, whose tensors have the same names in ours
 # Tensors that a source has not: all of memory, fusion and sink, and a bias that begins at 0.
 NEW = r"self_attn\.((memory|fusion|sink)\..+|o_proj\.bias)$"
 # Gates of memory keep the strongest tokens of a segment and of a group, the score is 0, and the share of a local path
@@ -100,25 +109,9 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
         "use_local_attention": False,
     }
     config = RMTConfig(**{**known, "rope_parameters": rope, **memory, **fields})
-    config.converted_from = source.to_dict()
-    _check_window(source, config)
+    config.converted_from = source_record(source)
+    check_window(source, config.window_length)
     return config
-
-
-def _check_window(source: PreTrainedConfig, config: RMTConfig) -> None:
-    """Refuses windows beyond the sliding window of the source, and warns of those it was not trained for."""
-    sliding = getattr(source, "sliding_window", None)
-    if sliding is not None and config.window_length > sliding:
-        raise ValueError(
-            f"The window, (num_lookback_segments + 1) * segment_length = {config.window_length}, must be at most "
-            f"sliding_window of the source, {sliding}: choose a smaller segment_length."
-        )
-    trained = getattr(source, "max_position_embeddings", None)
-    if trained is not None and config.window_length > trained:
-        logger.warning(
-            f"The window of {config.window_length} tokens is longer than the {trained} that the source was trained for "
-            "(max_position_embeddings): choose a smaller segment_length."
-        )
 
 
 def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
@@ -136,8 +129,9 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
         The model, in the dtype of the source, in eval mode, with its generation configuration.
 
     Raises:
-        ValueError: As `config_with_memory`, or if tensors are missing or unexpected.
+        ValueError: As `config_with_memory`, or if the source is wrapped, quantized, offloaded or has another head.
     """
+    check_source(source)
     config = config_with_memory(source.config, **fields)
     tensors = source.state_dict()
     model = _load(RMTForCausalLM, None, NEW, config=config, state_dict=tensors, dtype=source.dtype)
@@ -148,8 +142,9 @@ def add_memory(source: PreTrainedModel, **fields: Any) -> RMTForCausalLM:
                     tensor.fill_(value)
     if config.use_attention_sink:
         _copy_sink(source, model)
-    if source.generation_config is not None:
-        model.generation_config = source.generation_config
+    model.config.name_or_path = hub_id(source.config) or ""  # cards name it as the base model
+    if (settings := generation_settings(source.generation_config)) is not None:
+        model.generation_config = settings
     return model
 
 
@@ -171,8 +166,10 @@ def remove_memory(model: RMTForCausalLM) -> PreTrainedModel:
         model: From `add_memory`, trained or not.
 
     Raises:
-        ValueError: If the model was not converted, or has an output bias that the class of its source does not have.
+        ValueError: If the model was not converted, is wrapped, quantized or offloaded, or has an output bias that the
+            class of its source does not have.
     """
+    check_source(model)
     record = getattr(model.config, "converted_from", None)
     if record is None:
         raise ValueError(
@@ -197,9 +194,8 @@ def _load(model_class: Any, source: str | Path | None, new: str = "(?!)", **opti
         model, report = model_class.from_pretrained(source, output_loading_info=True, **options)
     finally:
         logging.set_verbosity(level)
-    for kind in ("missing", "unexpected"):
-        if names := sorted(name for name in report[f"{kind}_keys"] if not re.search(new, name)):
-            raise ValueError(f"Tensors are {kind}: {', '.join(names[:5])}. Is the checkpoint whole?")
+    check_tensors(model)
+    check_names(report, new)
     if source is None:
         model.config.name_or_path = ""
     return model
@@ -237,13 +233,17 @@ def freeze_base(model: nn.Module) -> ParameterShare:
     return ParameterShare(sum(number for number, trained in numbers if trained), sum(number for number, _ in numbers))
 
 
-def convert(source: str | Path, target: str | Path, back: bool = False, **fields: Any) -> ParameterShare | None:
+def convert(
+    source: str | Path, target: str | Path, back: bool = False, with_code: bool = False, **fields: Any
+) -> ParameterShare | None:
     """Converts a folder or a model on the Hub: weights, tokenizer with chat template, generation settings.
 
     Args:
         source: Folder or Hub id.
         target: Folder, which must not exist yet; it appears when everything is written.
         back: Whether to take memory away instead.
+        with_code: Whether the code of the model goes with it, so that the folder can be opened where `rmt_hf` is not
+            installed (`trust_remote_code=True`).
         fields: Of `RMTConfig`, as `config_with_memory` takes them.
 
     Returns:
@@ -251,24 +251,28 @@ def convert(source: str | Path, target: str | Path, back: bool = False, **fields
 
     Raises:
         FileExistsError: If the target exists.
-        ValueError: As `add_memory` and `remove_memory`.
+        ValueError: As `add_memory` and `remove_memory`; of the tokenizer, if the source has one that cannot be loaded.
     """
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists already: choose a new folder, or delete it first.")
+    tokenizer = load_tokenizer(source)
     original = _load(AutoModelForCausalLM, source, dtype="auto")
     model: PreTrainedModel = remove_memory(original) if back else add_memory(original, **fields)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        tokenizer = None
-        logger.warning(f"{source} has no tokenizer that can be loaded: the target has none.")
+    if tokenizer is not None and not back:
+        tokenizer.padding_side = "left"  # `generate` goes on from the last column
 
     def write(folder: Path) -> None:
         for part in filter(None, (model, tokenizer)):
             part.save_pretrained(folder)
 
-    write_whole(target, write)
+    before = RMTForCausalLM._auto_class
+    try:
+        if with_code:
+            RMTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+        write_whole(target, write)
+    finally:
+        RMTForCausalLM._auto_class = before
     return None if back else freeze_base(model)
 
 
@@ -278,6 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("source", help="folder or Hub id")
     parser.add_argument("target", type=Path, help="folder, which must not exist yet")
     parser.add_argument("--back", action="store_true", help="take memory away instead")
+    parser.add_argument("--with-code", action="store_true", help="the folder opens where rmt_hf is not installed")
     parser.argument_default = argparse.SUPPRESS  # `config_with_memory` knows the defaults
     sizes = ("segment-length", "chunk-length", "num-lookback-segments", "num-memory-slots", "num-lasting-slots")
     for name in (*sizes, "num-slots-per-chunk", "num-observing-tokens"):
@@ -286,8 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("use-attention-sink", "use-local-attention"):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
     args = vars(parser.parse_args(arguments))
-    source, target, back = (args.pop(name) for name in ("source", "target", "back"))
-    share = convert(source, target, back, **({} if back else args))
+    source, target, back, with_code = (args.pop(name) for name in ("source", "target", "back", "with_code"))
+    share = convert(source, target, back, with_code, **({} if back else args))
     print(target if share is None else f"{target}: with memory and fusion alone, {share}")
 
 

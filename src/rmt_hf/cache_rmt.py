@@ -22,6 +22,7 @@ from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout
 from .memory_rmt import Slots
 from .saving_rmt import (
+    TENSOR_FILE,
     check_fingerprint,
     read_state,
     refuse_other_weights,
@@ -308,11 +309,12 @@ class RMTCache(Cache):
             setattr(stacked, name, choose(getattr(cache, name) for cache in caches))
         return stacked
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
+    def save_pretrained(self, directory: str | os.PathLike, tensor_file: str = TENSOR_FILE) -> None:
         """Writes the state to a folder: `rmt_state.json`, one safetensors file, and a card.
 
         The folder is made if need be, other files in it stay, and a state in it is replaced in one step. ValueError if
-        the state is empty, not finite, or of a part of the heads or layers; nothing is written then.
+        the state is empty, not finite, or of a part of the heads or layers; nothing is written then. Without {}, a
+        place for a hash, `tensor_file` is for folders that are renamed as a whole.
         """
         if not self.is_initialized:
             raise ValueError("The state must have read something, got an empty one: begin with RMTCache(config).")
@@ -324,7 +326,7 @@ class RMTCache(Cache):
             raise ValueError(f"A saved state must have all {missing}: let one process with all of them read the text.")
         record = {name: getattr(self, name) for name in CLOCK} | {"dtype": str(self.state_dtype)}
         record["weights"] = {} if (model := self.find_model()) is None else sample_weights(model)
-        write_state(directory, record, dict(zip(tensor_names(len(states)), self.tensors(), strict=True)))
+        write_state(directory, record, dict(zip(tensor_names(len(states)), self.tensors(), strict=True)), tensor_file)
 
     @classmethod
     def from_pretrained(
@@ -352,17 +354,22 @@ class RMTCache(Cache):
         return cache
 
     def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None, **upload: Any) -> str:
-        """Puts the state into a model repository of the Hub, made if need be; returns the address of the commit.
+        """Puts the state into a model repository of the Hub, in place of one there; returns the address of the commit.
+
+        Repository and branch are made if need be. The state before stays in the history of the branch.
 
         Args:
             repo_id: `"user/name"`.
             private, token: Whether a new repository is private; the access token, if not the stored one.
             upload: What `huggingface_hub.HfApi.upload_folder` takes: `revision`, `commit_message`, `path_in_repo`, ...
         """
-        api, upload = HfApi(token=token), {"commit_message": "Upload memory state", **upload}
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        api, branch = HfApi(token=token), upload.get("revision")
+        upload = {"commit_message": "Upload memory state", "delete_patterns": TENSOR_FILE.format("*"), **upload}
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder)  # first: a state that is refused makes no repository
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if branch is not None and not branch.startswith("refs/"):
+                api.create_branch(repo_id, branch=branch, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
 
     def _copy(self) -> "RMTCache":

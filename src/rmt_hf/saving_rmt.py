@@ -22,7 +22,7 @@ from .state_rmt import LayerState, StateSizes
 
 
 FORMAT_VERSION = 3  # memory is a prefix of the window, and the ids read are hashed
-RECORD_NAME = "rmt_state.json"
+RECORD_NAME, TENSOR_FILE = "rmt_state.json", "state-{}.safetensors"
 OF_NO_STATE = {"vocab_size", "initializer_range", "max_position_embeddings", "attention_dropout", "tie_word_embeddings"}
 OF_NO_STATE |= {"use_cache", "use_chunked_loss", "pad_token_id", "bos_token_id", "eos_token_id"}
 FINGERPRINT = [name for name in RMTConfig.__annotations__ if name not in OF_NO_STATE]
@@ -38,7 +38,9 @@ tags: [rmt, memory-state]
 """
 
 
-def write_state(directory: str | os.PathLike, record: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def write_state(
+    directory: str | os.PathLike, record: dict[str, Any], tensors: dict[str, torch.Tensor], tensor_file: str
+) -> None:
     """Writes a state (`record`: what JSON can hold) into a folder, whose other files are left alone."""
     check_finite(tensors)
     folder = Path(directory)
@@ -46,7 +48,7 @@ def write_state(directory: str | os.PathLike, record: dict[str, Any], tensors: d
     temporary = folder / f".unfinished-{os.getpid()}"
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
     digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
-    file = temporary.replace(folder / f"state-{digest[:16]}.safetensors")
+    file = temporary.replace(folder / tensor_file.format(digest[:16]))
     record = {"format_version": FORMAT_VERSION, **record, "tensor_file": file.name, "tensor_sha256": digest}
     record["record_sha256"] = _record_digest(record)
     positions = [f"{position:,}" for position in record["positions"]]
@@ -56,7 +58,7 @@ def write_state(directory: str | os.PathLike, record: dict[str, Any], tensors: d
     for name, text in (("README.md", card), (RECORD_NAME, json.dumps(record, indent=1) + "\n")):
         temporary.write_text(text, "utf-8")
         temporary.replace(folder / name)
-    for old in set(folder.glob("state-*.safetensors")) - {file}:
+    for old in set(folder.glob(TENSOR_FILE.format("*"))) - {file}:
         old.unlink()
 
 

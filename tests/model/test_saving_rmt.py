@@ -170,14 +170,16 @@ def test_push_to_hub_uploads_the_folder(monkeypatch):
         return "address of the commit"
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "create_branch", lambda self, *args, **kwargs: calls.append((*args, kwargs)))
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     assert ragged_state(model).push_to_hub("me/read", private=True, revision="v2") == "address of the commit"
     assert calls == [
         ("me/read", {"private": True, "exist_ok": True}),
+        ("me/read", {"branch": "v2", "exist_ok": True}),
         (
             "me/read",
             ["README.md", "rmt_state.json", "state-*.safetensors"],
-            {"commit_message": "Upload memory state", "revision": "v2"},
+            {"commit_message": "Upload memory state", "delete_patterns": "state-*.safetensors", "revision": "v2"},
         ),
     ]
 

@@ -177,7 +177,7 @@ def flip(file: Path) -> None:
 DAMAGE = {
     "a bit of the weights": lambda folder: flip(folder / "model.safetensors"),
     "a bit of the optimizer": lambda folder: flip(folder / "optimizer.pt"),
-    "streams that are gone": lambda folder: next((folder / "streams-0").glob("state-*.safetensors")).unlink(),
+    "streams that are gone": lambda folder: next((folder / "streams-0").glob("state.safetensors")).unlink(),
     "half a record": lambda folder: os.truncate(folder / checkpoints.RECORD_NAME, 40),
     "no record": lambda folder: (folder / checkpoints.RECORD_NAME).unlink(),
 }

@@ -60,7 +60,7 @@ class StreamState:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         if self.state.is_initialized:
-            self.state.save_pretrained(folder)
+            self.state.save_pretrained(folder, "state.safetensors")  # on the Hub the next checkpoint replaces it
         save_file({name: columns.contiguous() for name, columns in self.columns.items()}, folder / COLUMNS_NAME)
         (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 

@@ -14,7 +14,6 @@ from typing import Any, NoReturn, cast
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import PreTrainedModel
 
@@ -25,22 +24,18 @@ from .saving_rmt import (
     TENSOR_FILE,
     check_fingerprint,
     read_state,
+    reading_device,
     refuse_other_weights,
     sample_weights,
     state_fingerprint,
     tensor_names,
     write_state,
 )
-from .state_rmt import LayerState, StateSizes
+from .state_rmt import HASH_INVERSE, PADDING, UNKNOWN, LayerState, StateSizes, empty_history, hash_ids, signed
 
 
 # What a state knows besides its tensors; all of it can be written as JSON.
 CLOCK = ("fingerprint", "positions", "forgotten", "num_columns", "num_croppable_columns", "is_stale")
-PADDING, UNKNOWN = -1, -2  # in place of ids: of a column that counts for nothing, and of one read as `inputs_embeds`
-# The hash of the ids of a stream is the sum of (id + 1) * HASH_BASE ** (ids after it), modulo 2^64. So padding adds
-# nothing, and what was read last can be taken out again.
-HASH_BASE = 0x5851F42D4C957F2D
-HASH_INVERSE = pow(HASH_BASE, -1, 2**64)
 
 
 def _refuse(reason: str) -> Any:
@@ -400,30 +395,6 @@ class RMTCache(Cache):
         self._change_states(lambda state: state.map(function))
         self.history = None if self.history is None else function(self.history)
         return self
-
-
-def hash_ids(ids: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """The hash (B, 1) of streams with hash `known`, (B, 1), after ids (B, T)."""
-    after = (ids != PADDING).flip(1).cumsum(1).flip(1)  # from each column on
-    powers = ids.new_full((ids.shape[1] + 1,), HASH_BASE).index_fill(0, after.new_zeros(1), 1).cumprod(0)
-    return known * powers[after[:, :1]] + ((ids + 1) * powers[(after - 1).clamp_min(0)]).sum(1, keepdim=True)
-
-
-def empty_history(ids: torch.Tensor, segment: int) -> torch.Tensor:
-    """The history (B, 1 + S) of streams that have read nothing."""
-    return F.pad(ids.new_full((len(ids), segment), PADDING), (1, 0))
-
-
-def signed(number: int) -> int:
-    """A number modulo 2^64 as int64 has it."""
-    return (number + 2**63) % 2**64 - 2**63
-
-
-def reading_device(model: PreTrainedModel) -> torch.device:
-    """The device on which a model reads, also while its weights are offloaded and have none."""
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    devices = (hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None)
-    return torch.device(next(devices, "cpu")) if model.device.type == "meta" else model.device
 
 
 def check_cache_type(cache: object) -> None:

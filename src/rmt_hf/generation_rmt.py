@@ -10,8 +10,9 @@ from typing import Any, NoReturn, cast
 import torch
 from transformers.generation import GenerationConfig, StoppingCriteriaList
 
-from .cache_rmt import HASH_BASE, HASH_INVERSE, PADDING, RMTCache, check_cache_type
+from .cache_rmt import RMTCache, check_cache_type
 from .configuration_rmt import RMTConfig
+from .state_rmt import HASH_BASE, HASH_INVERSE, PADDING
 
 
 class RMTGeneration:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file
 
 from .configuration_rmt import RMTConfig
@@ -104,6 +105,13 @@ def read_state(
         )
     check_finite(tensors)
     return record, [tensors[name].clone() for name in shapes]  # aligned: kernels round in another way where it is not
+
+
+def reading_device(model: PreTrainedModel) -> torch.device:
+    """The device on which a model reads, also while its weights are offloaded and have none."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None)
+    return torch.device(next(devices, "cpu")) if model.device.type == "meta" else model.device
 
 
 def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """The state of one layer: prefix, window and memory as tensors of fixed shape, and what can be done to their rows.
 
+Last come the hashes by which a stream knows the ids that it has read.
+
 Shapes: B rows, N lookback segments, S segment length, F views of a call, P columns of the prefix, H query heads,
 G key/value heads, D head width, M slots, L observing tokens.
 """
@@ -13,6 +15,13 @@ from torch.nn import functional as F
 from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout
 from .memory_rmt import Slots, at_least_float32, where_rows
+
+
+PADDING, UNKNOWN = -1, -2  # in place of ids: of a column that counts for nothing, and of one read as `inputs_embeds`
+# The hash of the ids of a stream is the sum of (id + 1) * HASH_BASE ** (ids after it), modulo 2^64. So padding adds
+# nothing, and what was read last can be taken out again.
+HASH_BASE = 0x5851F42D4C957F2D
+HASH_INVERSE = pow(HASH_BASE, -1, 2**64)
 
 
 class StateSizes(NamedTuple):
@@ -245,3 +254,20 @@ def writable(window: torch.Tensor) -> torch.Tensor:
     if not torch.compiler.is_compiling() and window.is_inference() and not torch.is_inference_mode_enabled():
         return window.clone()
     return window
+
+
+def hash_ids(ids: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """The hash (B, 1) of streams with hash `known`, (B, 1), after ids (B, T)."""
+    after = (ids != PADDING).flip(1).cumsum(1).flip(1)  # from each column on
+    powers = ids.new_full((ids.shape[1] + 1,), HASH_BASE).index_fill(0, after.new_zeros(1), 1).cumprod(0)
+    return known * powers[after[:, :1]] + ((ids + 1) * powers[(after - 1).clamp_min(0)]).sum(1, keepdim=True)
+
+
+def empty_history(ids: torch.Tensor, segment: int) -> torch.Tensor:
+    """The history (B, 1 + S) of streams that have read nothing."""
+    return F.pad(ids.new_full((len(ids), segment), PADDING), (1, 0))
+
+
+def signed(number: int) -> int:
+    """A number modulo 2^64 as int64 has it."""
+    return (number + 2**63) % 2**64 - 2**63

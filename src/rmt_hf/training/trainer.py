@@ -414,7 +414,7 @@ class RMTTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             for code in (run_dir / name).glob("*.py") if self.args.should_save else ():  # `Trainer` pushes no code
-                shutil.copy(code, self.args.output_dir)
+                shutil.copy(code, str(self.args.output_dir))
             super()._push_from_checkpoint(str(run_dir / name))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:

@@ -109,7 +109,7 @@ def read_state(
 
 def reading_device(model: PreTrainedModel) -> torch.device:
     """The device on which a model reads, also while its weights are offloaded and have none."""
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    hooks: Any = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None)
     return torch.device(next(devices, "cpu")) if model.device.type == "meta" else model.device
 

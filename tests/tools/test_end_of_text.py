@@ -101,8 +101,10 @@ def test_the_end_of_an_answer_is_a_target(form: str, all_turns: bool) -> None:
     turn = tokenizer.convert_tokens_to_ids("</s>")
     assert row["labels"].count(turn) == num_turns + (2 if all_turns else 0)
     assert row["labels"].count(0) == num_added == (row["input_ids"][-1] == 0)
-    asked = tokenize_chats(Dataset.from_dict({"messages": [chats[0]["messages"][:3]]}), tokenizer)[0]
-    assert asked["labels"].count(0) == 0  # a chat that the assistant does not end
+    tokenizer.chat_template = CHATML.replace("</s>", "") + end
+    asked = Dataset.from_dict({"messages": [chats[0]["messages"][:3]]})
+    (row,) = tokenize_chats(asked, tokenizer, all_turns=all_turns)
+    assert row["input_ids"].count(0) == all_turns  # the assistant does not end where the user was the last
 
 
 def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:

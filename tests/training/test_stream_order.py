@@ -141,7 +141,7 @@ def test_bad_documents_are_refused() -> None:
     with pytest.raises(ValueError, match=r"column `input_ids`, got \['text'\]: rmt_hf.data.tokenize"):
         StreamDataset(Dataset.from_dict({"text": ["a"]}), 1, L, S)
     with pytest.raises(ValueError, match="got 2 that have none or one"):
-        StreamDataset(documents([0, 0]), 1, L, S)
+        StreamDataset(documents([1, 0]), 1, L, S)
     uneven = Dataset.from_dict({"input_ids": [[1, 2, 3]], "labels": [[1, 2]]})
     with pytest.raises(ValueError, match=r"labels must be as many as the input_ids of their document \(3\), got 2"):
         StreamDataset(uneven, 1, L, S)[0]

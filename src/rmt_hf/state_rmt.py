@@ -258,6 +258,8 @@ def writable(window: torch.Tensor) -> torch.Tensor:
 
 def hash_ids(ids: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """The hash (B, 1) of streams with hash `known`, (B, 1), after ids (B, T)."""
+    if ids.shape[1] == 1:  # a step, which feels every operation
+        return torch.where(ids == PADDING, known, known * HASH_BASE + ids + 1)
     after = (ids != PADDING).flip(1).cumsum(1).flip(1)  # from each column on
     powers = ids.new_full((ids.shape[1] + 1,), HASH_BASE).index_fill(0, after.new_zeros(1), 1).cumprod(0)
     return known * powers[after[:, :1]] + ((ids + 1) * powers[(after - 1).clamp_min(0)]).sum(1, keepdim=True)

@@ -167,6 +167,7 @@ def test_what_stands_at_padding_does_not_matter(models, padding):
             assert torch.equal(logits[mask], expected[mask])
         outputs = model(inputs_embeds=poisoned, attention_mask=mask, use_cache=True)
     torch.testing.assert_close(outputs.logits[mask], expected[mask], **CLOSE)
+    outputs.past_key_values.history = state.history  # embeddings have no ids
     assert_same_rows(outputs.past_key_values, state, model.config)
 
 

@@ -122,7 +122,7 @@ def test_streams_of_a_quantized_model(quantizer, tmp_path) -> None:
     state = model.memorize(ids)
     answers = model.generate(ids[:, :3], past_key_values=state, max_new_tokens=12, do_sample=False)
     assert isinstance(state, RMTCache) and answers.shape == (2, 15)
-    assert state.positions == [LENGTH + 14] * 2
+    assert state.positions == [LENGTH + 3 + 12] * 2
 
 
 @pytest.mark.parametrize("quantizer", list(QUANTIZERS)[:4])

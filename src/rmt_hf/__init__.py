@@ -1,5 +1,6 @@
 """Recurrent memory-augmented transformers for the Hugging Face ecosystem: public names and their registration."""
 
+import sys
 from typing import TYPE_CHECKING
 
 import transformers
@@ -39,6 +40,9 @@ _OF_TRAINING = ("RMTMemoryCallback", "RMTTrainer", "RMTTrainingArguments", "Stre
 transformers.AutoConfig.register(RMTConfig.model_type, RMTConfig, exist_ok=True)
 for _auto_class, (_model_class, _) in AUTO_CLASSES.items():
     getattr(transformers, _auto_class).register(RMTConfig, _model_class, exist_ok=True)
+    # `transformers serve` looks the name in `config.architectures` up here. (transformers imports itself twice.)
+    for _module in (transformers, sys.modules["transformers"]):
+        setattr(_module, _model_class.__name__, _model_class)
 
 
 def __getattr__(name: str) -> object:

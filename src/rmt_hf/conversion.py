@@ -57,11 +57,11 @@ BEGINNINGS = {
     r"fusion\.scale$": 0.0,
     r"o_proj\.bias$": 0.0,
 }
-# Fields of a configuration that mean the same in both.
+# Fields of a configuration that mean the same in both. (`max_position_embeddings` does not: a stream has no end.)
 SHARED_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "hidden_act", "rms_norm_eps", "mlp_bias"),
     *("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout"),
-    *("max_position_embeddings", "rope_parameters", "tie_word_embeddings", "initializer_range", "use_cache"),
+    *("rope_parameters", "tie_word_embeddings", "initializer_range", "use_cache"),
     *("pad_token_id", "bos_token_id", "eos_token_id"),
 )
 

@@ -116,8 +116,11 @@ class RMTGeneration:
             return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
         return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, *args)  # type: ignore[misc]
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuses what pages keys and values of any number of tokens, of which a state of constant size has none."""
+    # Who has this name is served in pages of keys and values, of which a state of constant size has none.
+    init_continuous_batching = property()
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses what `generate_batch` enters."""
         raise ValueError("This model has no continuous batching (generate_batch): give generate a left-padded batch.")
 
     def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: dict, **kwargs: Any) -> Any:

@@ -84,7 +84,7 @@ def test_what_is_not_given_fits_the_segment() -> None:
         config = config_with_memory(source, **fields)
         assert tuple(getattr(config, name) for name in names) == expected
         assert config.num_lasting_slots == 0 and config.use_attention_sink and not config.use_local_attention
-        assert config.max_position_embeddings == 4096
+        assert config.max_position_embeddings == 2**30  # not the 4,096 of the source: nothing is cut there
     assert config_with_memory(source, memory_write="mean").num_lasting_slots is None
 
 

@@ -496,5 +496,6 @@ def test_early_exit_is_refused():
 
 
 def test_continuous_batching_is_refused(model):
-    with pytest.raises(ValueError, match="continuous batching"):
-        model.init_continuous_batching(generation_config=GenerationConfig(eos_token_id=2))
+    with pytest.raises(ValueError, match="no continuous batching"):
+        model.generate_batch([[3, 4, 5]], generation_config=GenerationConfig(eos_token_id=2))
+    assert not hasattr(model, "init_continuous_batching")  # so asks `transformers serve`

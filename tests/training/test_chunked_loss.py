@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_all_logits(tied, items) -> None:
     wanted = total / ((targets != -100).sum() if items is None else 37)
     expected = torch.autograd.grad(wanted, list(model.parameters()))
     model.config.use_chunked_loss = True
-    output = model(ids, labels=labels_of(ids), num_items_in_batch=items)
+    output = model.train()(ids, labels=labels_of(ids), num_items_in_batch=items)
     assert output.logits is None and output.loss.dtype == torch.float64
     torch.testing.assert_close(output.loss, wanted, rtol=1e-12, atol=0)
     found = torch.autograd.grad(output.loss, list(model.parameters()))
@@ -116,6 +116,16 @@ def test_a_head_that_an_adapter_wraps_is_called() -> None:
     output = model(ids, labels=ids)
     assert output.logits.shape == (1, 12, 67)
     torch.testing.assert_close(output.loss.double(), wanted, rtol=1e-5, atol=0)
+
+
+def test_evaluation_gives_as_many_logits_as_are_asked_for() -> None:
+    model, ids = tiny_model(use_chunked_loss=True), tiny_ids(2, 20)
+    trained = model.train()(ids, labels=ids)
+    assert trained.logits is None
+    for keep, columns in ((0, slice(None)), (1, slice(-1, None))):
+        output = model.eval()(ids, labels=ids, logits_to_keep=keep)
+        assert torch.equal(output.loss, trained.loss)
+        torch.testing.assert_close(output.logits, model(ids).logits[:, columns], rtol=0, atol=1e-12)
 
 
 def test_older_torch_is_refused_before_the_state_changes(monkeypatch) -> None:

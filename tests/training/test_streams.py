@@ -1,7 +1,5 @@
 """Stream mode: streams go on with their state from step to step, and gradient reaches as far as it is asked to."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
@@ -359,14 +357,6 @@ def test_what_would_break_streams_is_refused(name: str, tmp_path) -> None:
     arguments, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         trainer(model_for_streams(), tmp_path, documents([S]), **arguments)
-
-
-def test_metrics_of_logits_that_are_not_there_are_refused(tmp_path) -> None:
-    for overrides, message in (({"use_chunked_loss": True}, "compute_metrics needs logits"), ({}, "")):
-        for stream_length in (None, S):
-            args = RMTTrainingArguments(str(tmp_path), use_cpu=True, stream_length=stream_length)
-            with pytest.raises(ValueError, match=message) if message else nullcontext():
-                RMTTrainer(tiny_model(**overrides), args, compute_metrics=lambda predicted: {})
 
 
 def test_other_models_and_data_are_refused(tmp_path) -> None:

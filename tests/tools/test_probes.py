@@ -49,7 +49,7 @@ OF_CONFIG = {
     "trl": """final_logit_softcapping logit_scale output_multiplier lm_head_multiplier logits_scaling text_config
         output_router_logits router_aux_loss_coef num_experts_per_tok unsloth_version hidden_sizes num_labels""",
     "peft": "global_head_dim num_global_key_value_heads num_kv_shared_layers layer_types tie_word_embeddings",
-    "accelerate": "sliding_window n_positions max_sequence_length is_encoder_decoder fp8_param distributed_config hidden_size",
+    "accelerate": "sliding_window n_positions max_sequence_length is_encoder_decoder fp8_param hidden_size",
     "lm_eval": "n_ctx quantization_config num_key_value_heads num_attention_heads",
     "transformers": """problem_type keys_to_ignore_at_inference attention_chunk_size cross_attention_hidden_size
         is_decoder use_cache vocab_size num_hidden_layers head_dim return_dict fusion_config transformers_weights""",
@@ -60,7 +60,7 @@ OF_MODEL = {
     "accelerate": "tp_size _tp_size is_distributed_loading_by_transformers _no_sync hf_quantizer is_parallelizable",
     "cli": "has_talker modality main_input_name input_modalities output_modalities",
     "transformers": """loss_type _is_stateful supports_gradient_checkpointing _supports_sdpa _supports_flex_attn
-        supports_tp_plan supports_pp_plan _keep_in_fp32_modules framework _auto_class model_tags _supports_flash_attn""",
+        supports_tp_plan supports_pp_plan _keep_in_fp32_modules framework model_tags _supports_flash_attn""",
 }
 
 

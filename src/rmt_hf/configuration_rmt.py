@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 from typing import Any, cast
 
 import transformers
@@ -81,7 +82,7 @@ class RMTConfig(PreTrainedConfig):
     use_local_attention: bool = True  # whether the chunked local path exists
     use_attention_sink: bool = False  # a learned key and value before memory, as a converted model wants
     use_qk_norm: bool = True  # whether queries and keys are normalised per head before the rotary encoding
-    use_chunked_loss: bool = False  # no logits with a loss, for which they never exist all at once; torch 2.13
+    use_chunked_loss: bool = False  # no logits with a loss in training, where they never exist all at once; torch 2.13
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
@@ -160,6 +161,13 @@ class RMTConfig(PreTrainedConfig):
         names |= dict.fromkeys(["mlp.gate_proj", "mlp.up_proj", *(f"self_attn.{name}" for name in by_head)], "colwise")
         names |= {f"self_attn.{name}": "replicated_with_grad_allreduce" for name in whole}
         return {f"layers.*.{name}": style for name, style in names.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As every configuration. So PEFT asks which model it adapts: what it adapts in a Llama has the same names."""
+        for name, table in vars(sys.modules.get("peft.utils.constants", object)).items():
+            if name.endswith("_MODULES_MAPPING") and "llama" in table:
+                table.setdefault(self.model_type, table["llama"])
+        return super().to_dict()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As every configuration; where the code is saved with it, too, `auto_map` becomes its own."""

@@ -5,7 +5,6 @@ belong (layout_rmt); rotary tables once; the only loop over layers; norm; head.
 """
 
 import re
-import sys
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
@@ -189,7 +188,6 @@ class RMTModel(RMTPreTrainedModel):
 
     def __init__(self, config: RMTConfig) -> None:
         config.validate_architecture()  # fields may have been set since it was made
-        name_adapter_targets()
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([RMTDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
@@ -403,13 +401,6 @@ def refuse_reentrant_checkpoints(layers: nn.ModuleList) -> None:
     if any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions):
         remedy = "enable checkpoints with use_reentrant=False, or pass no past_key_values."
         raise ValueError(f"use_reentrant=True cuts the gradient through past_key_values: {remedy}")
-
-
-def name_adapter_targets() -> None:
-    """Enters this model into the tables of PEFT, if that is imported: what it adapts in a Llama has the same names."""
-    for name, table in vars(sys.modules.get("peft.utils.constants", object)).items():
-        if name.endswith("_MODULES_MAPPING") and "llama" in table:
-            table.setdefault(RMTConfig.model_type, table["llama"])
 
 
 # The class for each auto class, and the library's table of class names for it, which Trainer and pipelines ask and

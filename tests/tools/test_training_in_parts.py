@@ -29,8 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
 ]
 
-WINDOW = 16
-LENGTHS = {"short": [5, 9, 3, 12] * 2, "mixed": [50, 10] * 4, "long": [50] * 8}  # a step takes two
+LENGTHS = {"short": [5, 9, 3, 12] * 2, "mixed": [50, 10] * 4, "long": [50] * 8}  # a step takes two; 16 are a window
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 WAYS: dict[str, dict] = {
     "plain": {"ddp_find_unused_parameters": False},
@@ -48,8 +47,7 @@ RUNS = [
     ("frozen", "reentrant", "mixed"),
     ("memory only", "trl", "short"),
     ("memory only", "plain", "mixed"),
-    ("lora", "reentrant", "short"),
-    ("lora", "trl", "mixed"),
+    ("lora", "reentrant", "mixed"),
 ]
 
 
@@ -101,18 +99,19 @@ def test_two_processes_train_as_one(run: tuple[str, str, str], of_two: dict[str,
     assert len(found) == 2 and of_two["/".join(run)] == pytest.approx(found, rel=1e-5)
 
 
-@pytest.mark.parametrize("way", ["checkpoints", "reentrant", "trl"])
-def test_checkpoints_change_no_loss(way: str, tmp_path) -> None:
-    assert losses(make_trainer(tmp_path, "rmt", way, "mixed")) == pytest.approx(
-        losses(make_trainer(tmp_path, "rmt", "plain", "mixed")), rel=1e-5
-    )
+def test_checkpoints_change_no_loss(tmp_path) -> None:
+    plain = losses(make_trainer(tmp_path, "rmt", "plain", "mixed"))
+    for way in ("checkpoints", "reentrant", "trl"):
+        assert losses(make_trainer(tmp_path, "rmt", way, "mixed")) == pytest.approx(plain, rel=1e-5)
 
 
 # Training that moves nothing
 
 
-@pytest.mark.parametrize("model", ["frozen", "memory only"])
-@pytest.mark.parametrize("way", ["plain", "trl", "RMTTrainer"])
+@pytest.mark.parametrize(
+    ("model", "way"),
+    [("frozen", "plain"), ("frozen", "RMTTrainer"), ("memory only", "trl"), ("memory only", "RMTTrainer")],
+)
 def test_training_that_moves_nothing_says_so_once(model: str, way: str, tmp_path, caplog, monkeypatch) -> None:
     monkeypatch.setattr(logging.getLogger("rmt_hf"), "propagate", True)
     options = {"callbacks": [RMTGradientCallback()]}

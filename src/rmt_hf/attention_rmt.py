@@ -16,7 +16,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout, ViewGroup
-from .memory_rmt import RMTMemory, RMTPerHead, Segments, Slots, at_least_float32, attention_evidence, own_heads, zero_of
+from .memory_rmt import (
+    RMTMemory,
+    RMTPerHead,
+    RMTSink,
+    Segments,
+    Slots,
+    at_least_float32,
+    attention_evidence,
+    in_order,
+    own_heads,
+)
 from .state_rmt import LayerState, StateSizes, oldest_groups
 
 
@@ -73,6 +83,13 @@ class RMTRotaryEmbedding(nn.Module):
         self.config = config
         self.revolutions = nn.Buffer(rotary_revolutions(config), persistent=False)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> "RMTRotaryEmbedding":
+        """As every module; the numbers are made anew, because `to_empty` and a way over `meta` leave none."""
+        super()._apply(*args, **kwargs)
+        device = "cpu" if self.revolutions.is_meta else self.revolutions.device
+        self._buffers["revolutions"] = rotary_revolutions(self.config).to(device)
+        return self
+
     @torch.no_grad()
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> Rotary:
         """Position ids (...) int64 to cosine and sine, each (..., 1, D), the first half of the sines negated."""
@@ -86,7 +103,7 @@ class RMTRotaryEmbedding(nn.Module):
         """The tables of a call."""
         config, indices, device = self.config, layout.indices, layout.indices.device
         segment, lookback, prefix = config.segment_length, config.num_lookback_segments, config.prefix_length
-        view = (indices // segment).expand(len(layout.first_views), -1)
+        view = (indices // segment).expand(layout.first_views.shape[0], -1)
         columns = indices - layout.first_views.gather(1, view.clamp_max(layout.num_views - 1)) * segment
         writes = prefixes = after = None
         if layout.num_writes and config.num_memory_slots:
@@ -109,23 +126,6 @@ class RMTRotaryEmbedding(nn.Module):
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary encoding of (..., heads, D), in their dtype (autocast mixes them); with `-sin` it is undone."""
     return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin).to(states.dtype)
-
-
-class RMTSink(nn.Module):
-    """A key and a value that every token sees before memory, once the stream's beginning has left the window.
-
-    Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". Departs from it: the sink is
-    learned, or of the begin-of-text token in a converted model.
-    """
-
-    def __init__(self, config: RMTConfig) -> None:
-        super().__init__()
-        self.key = nn.Parameter(torch.empty(config.key_value_shape))  # (G, D), without rotary encoding
-        self.value = nn.Parameter(torch.empty(config.key_value_shape))
-
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Key and value (G, D), and a zero with a gradient."""
-        return own_heads(self.key), own_heads(self.value), zero_of(self)
 
 
 class RMTFusion(nn.Module):
@@ -303,7 +303,7 @@ class RMTAttention(nn.Module):
             keys = torch.cat([key.to(keys.dtype).expand(shape), keys], 2)
             values = torch.cat([value.to(values.dtype).expand(shape), values], 2)
             order = torch.cat([order.new_full(shape[:4], -1), order], 2)
-        order = order.sort(dim=2, stable=True).indices[..., None].expand(keys.shape)
+        order = in_order(order, 2)[..., None].expand(keys.shape)
         keys = rotate(keys.gather(2, order), *rotary)
         return keys.transpose(2, 3), values.gather(2, order).transpose(2, 3)
 
@@ -317,7 +317,7 @@ class RMTAttention(nn.Module):
         columns: tuple[int, int],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention to a range of the columns of prefix and window: (B, T, H, D), exactly zero where none is seen."""
-        (first, last), segment, num_views = columns, self.segment_length, layout.num_views
+        (first, last), segment, num_views, rows = columns, self.segment_length, layout.num_views, query.shape[0]
         is_window, width = last > self.prefix_length, self.prefix_length + self.window_length
         groups = layout.groups if mask is None else (ViewGroup(0, num_views, 0, width),)
         lead = 0 if mask is not None else layout.lead
@@ -331,17 +331,21 @@ class RMTAttention(nn.Module):
             asked = asked.unflatten(1, (max(1, group.end - group.first), -1)).flatten(0, 1)
             start, stop = max(first, group.start), min(last, group.stop)
             if start >= stop:
-                outputs.append(torch.zeros_like(asked).unflatten(0, (len(query), -1)).flatten(1, 2))
+                outputs.append(torch.zeros_like(asked).unflatten(0, (rows, -1)).flatten(1, 2))
                 continue
             keys, values = self.columns(frame, prefix, layout, group, start, stop)
-            seen = None if mask is None else mask[..., start:stop].expand(len(query), -1, -1, -1).flatten(0, 1)[:, None]
+            seen = (
+                None
+                if mask is None
+                else mask[..., start:stop].expand(query.shape[0], -1, -1, -1).flatten(0, 1)[:, None]
+            )
             output, weights = attend(self, asked, keys.flatten(0, 1), values.flatten(0, 1), seen, is_causal=is_window)
             if seen is not None and not is_window:
                 output = output.masked_fill(~seen.any(-1).transpose(1, 2)[..., None], 0)
-            outputs.append(output.unflatten(0, (len(query), -1)).flatten(1, 2))
+            outputs.append(output.unflatten(0, (rows, -1)).flatten(1, 2))
             if weights is not None:  # (B * views, H, queries, columns) to (B, queries of all views, H, width)
                 weights = F.pad(weights, (start, width - stop)) if group.end else weights
-                all_weights.append(weights.unflatten(0, (len(query), -1)).transpose(2, 3).flatten(1, 2))
+                all_weights.append(weights.unflatten(0, (rows, -1)).transpose(2, 3).flatten(1, 2))
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         if lead == layout.num_columns:
             return output, all_weights[0].transpose(1, 2) if all_weights else None
@@ -371,7 +375,7 @@ class RMTAttention(nn.Module):
         self, query: torch.Tensor, frame: LayerState, layout: CallLayout, mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Local attention: each token sees its own chunk, (B, T, H, D)."""
-        segment, chunk, batch = self.segment_length, self.chunk_length, len(query)
+        segment, chunk, batch = self.segment_length, self.chunk_length, query.shape[0]
         first = self.window_length + self.prefix_in(layout)
         keys, values = frame.keys[:, :, first:], frame.values[:, :, first:]
         if mask is not None:
@@ -393,8 +397,7 @@ class RMTAttention(nn.Module):
     def write(self, frame: LayerState, layout: CallLayout, tables: Tables) -> list[Slots]:
         """Every stage of memory in a call: see `RMTMemory.forward`. Segment 1 + w of the frame is the w-th written."""
         memory, count, length = cast(RMTMemory, self.memory), layout.num_writes, self.sizes.queries
-        segment, device = self.segment_length, frame.keys.device
-        first = segment + self.prefix_in(layout)
+        segment, first = self.segment_length, self.segment_length + self.prefix_in(layout)
         rotated, values = (
             states[:, :, first : first + count * segment].unflatten(2, (-1, segment)).transpose(1, 2)
             for states in frame[:2]
@@ -404,7 +407,7 @@ class RMTAttention(nn.Module):
         if length:
             queries = frame.queries[:, :, length : (1 + count) * length].unflatten(2, (-1, length)).transpose(1, 2)
             evidence = attention_evidence(queries, rotated, self.scaling)
-        numbers = torch.arange(count, device=device) - self.num_lookback_segments
+        numbers = torch.arange(count, device=rotated.device) - self.num_lookback_segments
         numbers = numbers - layout.began(numbers)  # (B or 1, W), in their documents
         segments = Segments(
             keys=rotate(rotated.transpose(2, 3), cos, -sin),
@@ -423,7 +426,7 @@ class RMTAttention(nn.Module):
         if stages is None:
             return frame.memory.map(lambda tensor: tensor[:, None].expand(-1, writes.shape[1], *tensor.shape[1:]))
         memory = cast(RMTMemory, self.memory)
-        found = memory.version(stages, writes[0] if len(writes) == 1 else writes)
+        found = memory.version(stages, writes[0] if writes.shape[0] == 1 else writes)
         if not is_packed:
             return found
         return found.forget(memory.written_before(writes) - self.num_lookback_segments < began[..., None])

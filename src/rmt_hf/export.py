@@ -1,6 +1,6 @@
-"""Decoding as a pure function of tensors, for `torch.export`: steps of one token, with and without a segment end.
+"""Streams as pure functions of tensors, for `torch.export` and ONNX: a prompt, and steps of one token.
 
-Shapes: B rows, V vocabulary.
+Shapes: B rows, T tokens of a prompt, V vocabulary.
 """
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 from .cache_rmt import RMTCache
 from .configuration_rmt import RMTConfig
-from .layout_rmt import CallLayout
+from .layout_rmt import CallLayout, plan_call
 from .modeling_rmt import RMTForCausalLM
 from .state_rmt import LayerState
 
@@ -68,6 +68,34 @@ def step_layout(config: RMTConfig, positions: torch.Tensor, ends_segment: bool) 
     )
 
 
+class PromptReader(nn.Module):
+    """The beginning of streams: `torch.export.export(PromptReader(model), (input_ids,))`, for one number of tokens.
+
+    Args:
+        model (`RMTForCausalLM`): In eval mode; the reader shares its weights.
+    """
+
+    def __init__(self, model: RMTForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+        self.train(model.training)
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Reads a prompt.
+
+        Args:
+            input_ids: (B, T) int64, no padding.
+
+        Returns:
+            Logits of the last token (B, 1, V), and the tensors that `DecodingStep` takes, at position T.
+        """
+        base = self.model.model
+        layout = plan_call(base.config, [0], None, input_ids.shape[1], input_ids.device)  # as every row stands
+        states: list[LayerState | None] = [None] * len(base.layers)
+        hidden_states, after = base._run_layers(base.embed_tokens(input_ids), layout, states)
+        return self.model.lm_head(hidden_states[:, -1:]), [tensor for state in after for tensor in state.tensors()]
+
+
 class DecodingStep(nn.Module):
     """One token per row: `torch.export.export(DecodingStep(model), (input_ids, positions, tensors))`.
 
@@ -80,6 +108,7 @@ class DecodingStep(nn.Module):
     def __init__(self, model: RMTForCausalLM, ends_segment: bool = False) -> None:
         super().__init__()
         self.model, self.ends_segment = model, ends_segment
+        self.train(model.training)
 
     def forward(
         self, input_ids: torch.Tensor, positions: torch.Tensor, tensors: list[torch.Tensor]

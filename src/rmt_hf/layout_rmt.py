@@ -9,6 +9,7 @@ prefix (slots and sink). The columns that a token may see are P of the prefix, t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,11 +27,9 @@ class ViewGroup(NamedTuple):
     stop: int
 
 
-class CallLayout(NamedTuple):
-    """The plan of one call, read by every layer. Index tensors are int64, masks of columns are bool.
-
-    A tuple, whose tensors accelerate and FSDP bring to the device of a layer.
-    """
+@dataclass(frozen=True)
+class CallLayout:
+    """The plan of one call, read by every layer. Index tensors are int64, masks of columns are bool."""
 
     num_columns: int  # T
     num_views: int  # F. With one view, its queries are the T columns as they come; with several, each has S
@@ -52,6 +51,13 @@ class CallLayout(NamedTuple):
     is_packed: bool  # whether a document begins inside the call
     is_real: torch.Tensor | None  # (B, T), columns that are no padding; None if all are
     remembered: torch.Tensor | None  # (B, T), columns of the last document of their row; None if all are
+
+    def to(self, device: Any, **options: Any) -> "CallLayout":
+        """The plan on the device of a layer, as accelerate asks for it where layers are on several."""
+        tensors: dict[str, Any] = {
+            name: value.to(device, **options) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **tensors)
 
     def spread(self, states: torch.Tensor, num_columns: int) -> torch.Tensor:
         """(B, T, ...) in call columns to (B, num_columns, ...) in the columns of the views, zeros between."""
@@ -75,7 +81,7 @@ class CallLayout(NamedTuple):
     @property
     def rows(self) -> torch.Tensor:
         """(B, 1) int64: the row numbers, to index with `indices`."""
-        return torch.arange(len(self.segment_ends), device=self.segment_ends.device)[:, None]
+        return torch.arange(self.segment_ends.shape[0], device=self.segment_ends.device)[:, None]
 
     @property
     def view_segments(self) -> torch.Tensor:

@@ -105,8 +105,15 @@ def attention_evidence(queries: torch.Tensor, keys: torch.Tensor, scaling: float
 
 
 def in_steps(strengths: torch.Tensor) -> torch.Tensor:
-    """Strengths to sort by: what is equal but for the rounding of sums is equal here, and keeps its order."""
-    return (strengths.detach() / STEP).round()
+    """Strengths to sort by, int64: what is equal but for the rounding of sums is equal here."""
+    return (strengths.detach() / STEP).round().clamp(-(2.0**40), 2.0**40).long()
+
+
+def in_order(numbers: torch.Tensor, dim: int, descending: bool = False) -> torch.Tensor:
+    """Indices that sort int64 numbers; equal ones keep their order. (ONNX has no stable sort.)"""
+    size = numbers.shape[dim]
+    places = torch.arange(size, device=numbers.device).view(-1, *[1] * (numbers.dim() - 1 - dim))
+    return (numbers * size + (size - 1 - places if descending else places)).sort(dim=dim, descending=descending).indices
 
 
 def stretched_sigmoid(logits: torch.Tensor) -> torch.Tensor:
@@ -125,6 +132,23 @@ class RMTPerHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return at_least_float32(F.linear(hidden_states, self.weight, self.bias))
+
+
+class RMTSink(nn.Module):
+    """A key and a value that every token sees before memory, once the stream's beginning has left the window.
+
+    Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". Departs from it: the sink is
+    learned, or of the begin-of-text token in a converted model.
+    """
+
+    def __init__(self, config: RMTConfig) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.empty(config.key_value_shape))  # (G, D), without rotary encoding
+        self.value = nn.Parameter(torch.empty(config.key_value_shape))
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Key and value (G, D), and a zero with a gradient."""
+        return own_heads(self.key), own_heads(self.value), zero_of(self)
 
 
 class RMTRing(nn.Module):
@@ -198,12 +222,12 @@ class RMTRing(nn.Module):
         if self.use_attention_sink:  # which stands for the first token of a stream
             strengths = strengths.masked_fill(positions == 0, LEAST)
         chunks = strengths.unflatten(2, (-1, self.chunk_length))
-        best = in_steps(chunks).sort(dim=3, descending=True, stable=True).indices[:, :, :, : self.slots_per_chunk]
+        best = in_order(in_steps(chunks), 3, descending=True)[:, :, :, : self.slots_per_chunk]
         starts = torch.arange(0, strengths.shape[2], self.chunk_length, device=strengths.device)
         indices = (best + starts[:, None, None]).flatten(2, 3)
         if taken is not None:
             strengths = strengths.masked_fill(taken, LEAST)
-        order = in_steps(strengths.gather(2, indices)).sort(dim=2, descending=True, stable=True).indices
+        order = in_order(in_steps(strengths.gather(2, indices)), 2, descending=True)
         indices = indices.gather(2, order)
         chosen = Slots(segments.keys, segments.values, strengths, positions).take(indices, 2)
         if self.uses_score:
@@ -223,7 +247,7 @@ class RMTRing(nn.Module):
 
         Gives the slots after it, and the gate (B, groups, K, G): how much of each slot a candidate has replaced.
         """
-        old = old.take(in_steps(old.strengths).sort(dim=2, stable=True).indices, 2)
+        old = old.take(in_order(in_steps(old.strengths), 2), 2)
         is_empty = old.strengths == -torch.inf
         kept = old.strengths.masked_fill(is_empty, 0)
         kept = kept if self.fade is None else kept - at_least_float32(own_heads(self.fade))

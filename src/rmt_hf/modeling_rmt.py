@@ -6,6 +6,7 @@ belong (layout_rmt); rotary tables once; the only loop over layers; norm; head.
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -23,12 +24,12 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_rmt import RMTAttention, RMTFusion, RMTRMSNorm, RMTRotaryEmbedding, RMTSink, rotary_revolutions
+from .attention_rmt import RMTAttention, RMTFusion, RMTRMSNorm, RMTRotaryEmbedding, rotary_revolutions
 from .cache_rmt import RMTCache, check_cache_type, real_columns, stream_starts
 from .configuration_rmt import RMTConfig
 from .generation_rmt import RMTGeneration
 from .layout_rmt import CallLayout, check_ids, check_labels, clear_padding, embed, find_restarts, plan_call
-from .memory_rmt import RMTPerHead, RMTRing
+from .memory_rmt import RMTPerHead, RMTRing, RMTSink
 from .state_rmt import LayerState
 
 
@@ -239,7 +240,7 @@ class RMTModel(RMTPreTrainedModel):
         """Last hidden states (B, T, E); the state changes when all is done."""
         hidden_states, layout = self._prepare(cache, *inputs)
         states = None if cache is None else [layer.state for layer in cache.layers]
-        hidden_states, states = self._run_layers(hidden_states, layout._replace(starts=(), ends=()), states)
+        hidden_states, states = self._run_layers(hidden_states, replace(layout, starts=(), ends=()), states)
         if cache is not None:
             cache.commit(states, layout, inputs[0], self)
         return hidden_states
@@ -255,9 +256,13 @@ class RMTModel(RMTPreTrainedModel):
         batch_size, num_columns = inputs_embeds.shape[:2]
         if cache is not None and self.training and torch.is_grad_enabled():
             refuse_reentrant_checkpoints(self.layers)
-        starts = stream_starts(cache, config, batch_size)
+        is_exporting = torch.compiler.is_exporting()  # values are not known then, and there may be any number of rows
+        if is_exporting and (attention_mask is not None or position_ids is not None):
+            remedy = "they decide what is computed. Export rows without padding and packing, without these arguments."
+            raise ValueError(f"attention_mask and position_ids must be None in torch.export: {remedy}")
+        starts = stream_starts(cache, config, 1 if is_exporting and cache is None else batch_size)
         is_real = real_columns(attention_mask, cache, batch_size, num_columns)
-        inputs_embeds = clear_padding(inputs_embeds, is_real, check=input_ids is None)
+        inputs_embeds = clear_padding(inputs_embeds, is_real, check=input_ids is None and not is_exporting)
         restarts = find_restarts(position_ids, starts, is_real, num_columns, config.segment_length)
         forgotten, refreshes = ((), False) if cache is None else (cache.forgotten, cache.is_stale)
         refreshes = cache is not None and config.prefix_length > 0 and (refreshes or torch.is_grad_enabled())

@@ -109,9 +109,10 @@ def read_state(
 
 def reading_device(model: PreTrainedModel) -> torch.device:
     """The device on which a model reads, also while its weights are offloaded and have none."""
-    hooks: Any = (getattr(module, "_hf_hook", None) for module in model.modules())
-    devices = (hook.execution_device for hook in hooks if getattr(hook, "execution_device", None) is not None)
-    return torch.device(next(devices, "cpu")) if model.device.type == "meta" else model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    own = next((device for device in devices if device is not None), "cpu")
+    return torch.device(own) if model.device.type == "meta" else model.device
 
 
 def check_fingerprint(theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ class LayerState(NamedTuple):
                 old = F.pad(without_prefix(old, segment, skip), (*[0, 0] * (old.dim() - 1 - axis), 0, num_more))
             else:
                 columns, old = columns + skip, writable(old)
-            if len(columns) == 1:
+            if columns.shape[0] == 1:
                 return old.index_copy_(axis, columns[0], new)
             if axis == 1:
                 return old.index_put_((layout.rows, columns), new)
@@ -145,7 +145,7 @@ class LayerState(NamedTuple):
         queries = F.pad(self.queries, (0, 0, 0, num_columns + 1 - self.queries.shape[2]))  # the last is for no use
         columns = layout.query_indices
         heads = torch.arange(queries.shape[1], device=columns.device)[:, None]
-        if len(columns) == 1:
+        if columns.shape[0] == 1:
             queries = queries.index_copy(2, columns[0], query)
         else:
             queries = queries.index_put((layout.rows[:, None], heads, columns[:, None]), query)
@@ -168,7 +168,7 @@ class LayerState(NamedTuple):
             if layout.is_packed:  # what is before the last document of a row
                 outside |= columns < (layout.first_views[:, -1:] + size // segment - 1) * segment
             shape = [size if i == axis else 1 for i in range(states.dim())]
-            shape[0] = len(columns)
+            shape[0] = columns.shape[0]
             whole = [size if i == axis else length for i, length in enumerate(states.shape)]
             columns = columns.clamp_max(states.shape[axis] - 1).view(shape).expand(whole)
             return states.gather(axis, columns).masked_fill(outside.view(shape), 0)
@@ -176,7 +176,9 @@ class LayerState(NamedTuple):
         segment, skip = sizes.segment, sizes.prefix if layout.num_views == 1 else 0
         plain = [cut(without_prefix(states, segment, skip), 2, segment, sizes.columns) for states in self[:2]]
         keys, values = (join_prefix(*pair, segment) for pair in zip(plain, prefix, strict=True))
-        scores, length = cut(self.scores, 1, segment, sizes.columns).contiguous(), sizes.queries
+        scores, length = self.scores[:, : sizes.columns], sizes.queries
+        if scores.shape[2]:
+            scores = cut(self.scores, 1, segment, sizes.columns).contiguous()
         queries = cut(self.queries, 2, length, 2 * length).contiguous() if length else self.queries
         return self._replace(keys=keys, values=values, scores=scores, queries=queries)
 

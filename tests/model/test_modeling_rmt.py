@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from helpers import FORMS, pad_left, read, tiny_config, tiny_ids, tiny_model
 from reference import ReferenceModel, ReferenceStream
 from rmt_hf import RMTCache, RMTForCausalLM, RMTModel, memory_rmt
+from rmt_hf.layout_rmt import CallLayout
 from rmt_hf.memory_rmt import RMTMemory
 from rmt_hf.modeling_rmt import FADE, GATE_BIAS, GATE_SCALE
 
@@ -504,14 +505,14 @@ def test_a_frozen_model_with_its_memory_to_train_has_a_loss_to_train(own, length
         model.zero_grad()
 
 
-def test_no_object_that_layers_are_given_can_be_moved_but_tensors():
+def test_no_object_that_layers_are_given_can_be_moved_but_tensors_and_the_plan():
     """accelerate calls `to` on whatever has it, and looks into tuples, lists and dicts for more."""
     model, cache, seen = tiny_model(**FORMS["two parts"]), RMTCache(tiny_config(**FORMS["two parts"])), []
 
     def look(given: object) -> None:
         inside = given.values() if isinstance(given, dict) else given if isinstance(given, tuple | list) else ()
         seen.append(type(given).__name__)
-        assert isinstance(given, torch.Tensor) or not hasattr(given, "to"), type(given)
+        assert isinstance(given, torch.Tensor | CallLayout) or not hasattr(given, "to"), type(given)
         for each in inside:
             look(each)
 

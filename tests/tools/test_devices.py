@@ -15,6 +15,7 @@ from helpers import CLOSE, FORMS, SIZES, S, pad_left, prompts, read, row_state, 
 from rmt_hf import RMTCache
 from rmt_hf.evaluation.ablation import empty_memories, stream_bits
 from rmt_hf.evaluation.bits import token_bits
+from rmt_hf.layout_rmt import CallLayout
 
 
 SOME = ("gated select", "two parts", "paper")
@@ -95,6 +96,7 @@ def test_a_loss_in_chunks_reads_no_weight_that_is_elsewhere(way, tmp_path) -> No
 def tensors_in(given: Any) -> list[torch.Tensor]:
     if isinstance(given, torch.Tensor):
         return [given]
+    given = vars(given) if isinstance(given, CallLayout) else given
     parts = given.values() if isinstance(given, dict) else given if isinstance(given, tuple | list) else ()
     return [tensor for part in parts for tensor in tensors_in(part)]
 

@@ -105,15 +105,18 @@ def attention_evidence(queries: torch.Tensor, keys: torch.Tensor, scaling: float
 
 
 def in_steps(strengths: torch.Tensor) -> torch.Tensor:
-    """Strengths to sort by, int64: what is equal but for the rounding of sums is equal here."""
-    return (strengths.detach() / STEP).round().clamp(-(2.0**40), 2.0**40).long()
+    """Strengths to sort by: what is equal but for the rounding of sums is equal here, and keeps its order."""
+    return (strengths.detach() / STEP).round()
 
 
 def in_order(numbers: torch.Tensor, dim: int, descending: bool = False) -> torch.Tensor:
-    """Indices that sort int64 numbers; equal ones keep their order. (ONNX has no stable sort.)"""
-    size = numbers.shape[dim]
+    """Indices that sort whole numbers; equal ones keep their order."""
+    if not torch.compiler.is_exporting():
+        return numbers.sort(dim=dim, descending=descending, stable=True).indices
+    size = numbers.shape[dim]  # ONNX has no stable sort
     places = torch.arange(size, device=numbers.device).view(-1, *[1] * (numbers.dim() - 1 - dim))
-    return (numbers * size + (size - 1 - places if descending else places)).sort(dim=dim, descending=descending).indices
+    distinct = numbers.clamp(-(2.0**40), 2.0**40).long() * size + (size - 1 - places if descending else places)
+    return distinct.sort(dim=dim, descending=descending).indices
 
 
 def stretched_sigmoid(logits: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from rmt_hf import (
     RMTTrainingArguments,
 )
 from rmt_hf.adapters import memory_lora_config
+from rmt_hf.memory_rmt import RMTPerHead
 
 
 # PEFT 0.21 asks transformers 5.23 for a property by its old name.
@@ -113,7 +114,7 @@ def test_only_linear_maps_and_embeddings_decay(fields: dict, wrapped: bool, tmp_
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, memory_lora_config(model.config, r=2))
     trainer = RMTTrainer(model, arguments_of(tmp_path, weight_decay=0.1))
-    linear = torch.nn.Linear, torch.nn.Embedding
+    linear = torch.nn.Linear, torch.nn.Embedding, RMTPerHead
     expected = {
         f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, linear)
     }

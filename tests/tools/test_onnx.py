@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import CLOSE, FORMS, SIZES, S, read, tiny_ids, tiny_model
 from rmt_hf.export import DecodingStep, PromptReader
+from rmt_hf.memory_rmt import in_order
 
 
 pytestmark = pytest.mark.filterwarnings(
@@ -112,6 +113,17 @@ def test_what_decides_the_plan_cannot_be_exported(name) -> None:
     model, ids = tiny_model(), tiny_ids(1, 5)
     with pytest.raises(ValueError, match=r"must be None in torch\.export.*Export rows without padding"):
         torch.export.export(model, (ids,), {"use_cache": False, name: torch.ones_like(ids)})
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_equal_strengths_keep_their_order_in_an_export(descending) -> None:
+    class Order(nn.Module):
+        def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+            return in_order(numbers, 1, descending)
+
+    numbers = torch.tensor([[3.0, -1e7, 3.0, -torch.inf, 0.0, -torch.inf, 3.0, 1e7]])[..., None].expand(1, 8, 2)
+    program = torch.export.export(Order(), (torch.zeros(1, 8, 2),))
+    assert torch.equal(program.module()(numbers), in_order(numbers, 1, descending))
 
 
 @torch.no_grad()

@@ -13,17 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from . import RMTConfig, RMTForCausalLM
+from .calibration import calibrate
 from .configuration_rmt import MEMORY_WRITES
 from .evaluation.bits import evaluation_mode
 from .files import write_whole
@@ -234,7 +229,12 @@ def freeze_base(model: nn.Module) -> ParameterShare:
 
 
 def convert(
-    source: str | Path, target: str | Path, back: bool = False, with_code: bool = False, **fields: Any
+    source: str | Path,
+    target: str | Path,
+    back: bool = False,
+    with_code: bool = False,
+    texts: str | Path | None = None,
+    **fields: Any,
 ) -> ParameterShare | None:
     """Converts a folder or a model on the Hub: weights, tokenizer with chat template, generation settings.
 
@@ -244,6 +244,7 @@ def convert(
         back: Whether to take memory away instead.
         with_code: Whether the code of the model goes with it, so that the folder can be opened where `rmt_hf` is not
             installed (`trust_remote_code=True`).
+        texts: What `read_texts` reads, to `calibrate` lasting slots on: half of the slots, unless fields say otherwise.
         fields: Of `RMTConfig`, as `config_with_memory` takes them.
 
     Returns:
@@ -251,14 +252,23 @@ def convert(
 
     Raises:
         FileExistsError: If the target exists.
-        ValueError: As `add_memory` and `remove_memory`; of the tokenizer, if the source has one that cannot be loaded.
+        ValueError: As `add_memory`, `remove_memory` and `calibrate`; of a tokenizer that cannot be loaded.
     """
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target} exists already: choose a new folder, or delete it first.")
+    if back and texts is not None:
+        raise ValueError("texts are for a memory, which back=True takes away: leave one of them out.")
     tokenizer = load_tokenizer(source)
     original = _load(AutoModelForCausalLM, source, dtype="auto")
-    model: PreTrainedModel = remove_memory(original) if back else add_memory(original, **fields)
+    if texts is not None:
+        slots = fields.get("num_memory_slots", 2 * fields.get("segment_length", SEGMENT_LENGTH))
+        fields = {"num_lasting_slots": slots // 2} | fields
+    model: Any = remove_memory(original) if back else add_memory(original, **fields)
+    if texts is not None:
+        from .texts import read_texts  # needs the extra for training
+
+        calibrate(model, read_texts(texts), tokenizer)
     if tokenizer is not None and not back:
         tokenizer.padding_side = "left"  # `generate` goes on from the last column
 
@@ -283,6 +293,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("target", type=Path, help="folder, which must not exist yet")
     parser.add_argument("--back", action="store_true", help="take memory away instead")
     parser.add_argument("--with-code", action="store_true", help="the folder opens where rmt_hf is not installed")
+    parser.add_argument(
+        "--calibrate", metavar="TEXTS", help="file or folder of prose, to fit the score of half the slots"
+    )
     parser.argument_default = argparse.SUPPRESS  # `config_with_memory` knows the defaults
     sizes = ("segment-length", "chunk-length", "num-lookback-segments", "num-memory-slots", "num-lasting-slots")
     for name in (*sizes, "num-slots-per-chunk", "num-observing-tokens"):
@@ -291,8 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("use-attention-sink", "use-local-attention"):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
     args = vars(parser.parse_args(arguments))
-    source, target, back, with_code = (args.pop(name) for name in ("source", "target", "back", "with_code"))
-    share = convert(source, target, back, with_code, **({} if back else args))
+    source, target, back, *others = (args.pop(name) for name in ("source", "target", "back", "with_code", "calibrate"))
+    share = convert(source, target, back, *others, **({} if back else args))
     print(target if share is None else f"{target}: with memory and fusion alone, {share}")
 
 

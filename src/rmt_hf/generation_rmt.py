@@ -147,7 +147,7 @@ class RMTGeneration:
                 raise ValueError(f"{rule}: give the new ones alone, after begin_prompt() on the state.")
             model_kwargs["attention_mask"] = None if mask is None else mask[:, -length:]
             cache.begin_prompt()
-        elif not is_alone:
+        elif not is_alone and len(input_ids) == cache.batch_size:  # others are refused by the call
             while not (unread := find_unread(cache, input_ids, mask)).any(1).all():
                 cache.crop(-1)  # the last token is asked for what comes next
             cache.num_columns = int(unread.any(0).long().argmax())

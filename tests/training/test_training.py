@@ -57,7 +57,7 @@ def test_it_trains_and_generates_afterwards_without_a_warning(tmp_path, caplog, 
     prompt, model = torch.tensor([sentences(8)[0]["input_ids"]]), model.eval()
     greedy = {"do_sample": False, "eos_token_id": None, "max_new_tokens": 2 * S}
     output = model.generate(prompt, **greedy, return_dict_in_generate=True)
-    assert output.past_key_values.get_seq_length() == prompt.shape[1] + 2 * S - 1
+    assert output.past_key_values.get_seq_length() == prompt.shape[1] + 2 * S
     new = output.sequences[:, prompt.shape[1] :]
     assert torch.equal(new, model(output.sequences).logits[:, prompt.shape[1] - 1 : -1].argmax(-1))
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING], caplog.text

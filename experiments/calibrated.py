@@ -230,7 +230,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=2, help="held-out plays")
     parser.add_argument("--document-tokens", type=int, default=4096)
     parser.add_argument("--code-rows", type=int, default=3, help=f"rows of {NUM_CODES} codes for each distance")
-    parser.add_argument("--calibration-documents", type=int, default=16)
+    parser.add_argument("--calibration-documents", type=int, default=8)
     parser.add_argument("--max-documents", type=int, help="plays that are read at all, for tests")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)

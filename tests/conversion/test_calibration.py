@@ -63,32 +63,56 @@ def test_any_distance(distance, small_blocks) -> None:
     torch.testing.assert_close(later_attention(query, key, distance, 1.0), expected, rtol=0, atol=1e-10)
 
 
-def test_a_linear_target_is_recovered(monkeypatch) -> None:
+@pytest.fixture
+def fit_of(monkeypatch):
+    """Calibrates a model to a target that is a function of a layer's hidden state (T, E)."""
+
+    def fit(model, ids: list[torch.Tensor], function) -> torch.Tensor:
+        hidden_of = {}
+
+        def walk(model, input_ids):
+            for layer in full_attention(model, input_ids):
+                hidden_of["now"] = layer[1]
+                yield layer
+
+        monkeypatch.setattr(calibration, "later_attention", lambda *_: function(hidden_of["now"]))
+        monkeypatch.setattr(calibration, "full_attention", walk)
+        return calibrate(model, ids, show_progress=False)
+
+    return fit
+
+
+def test_a_linear_target_is_recovered(fit_of, monkeypatch) -> None:
     """All of its variance is explained, and the mean score of what was fitted is 0."""
     model, ids = add_memory(make_source("llama", torch.float64), **LASTING), documents(3)
     planted = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).double()
-    hidden_of = {}
-
-    def target(query, key, distance, scaling):
-        return hidden_of["now"] @ planted.T - 5
-
-    def walk(model, input_ids):
-        for layer in full_attention(model, input_ids):
-            hidden_of["now"] = layer[1]
-            yield layer
-
     monkeypatch.setattr(calibration, "RIDGE", 1e-12)
-    monkeypatch.setattr(calibration, "later_attention", target)
-    monkeypatch.setattr(calibration, "full_attention", walk)
-    shares = calibrate(model, ids, show_progress=False)
+    monkeypatch.setattr(calibration, "LEAST_NEEDED", 0.0)
+    shares = fit_of(model, ids, lambda hidden: hidden @ planted.T - 5)
     assert shares.shape == (model.config.num_hidden_layers, 2)
     torch.testing.assert_close(shares, torch.ones_like(shares), rtol=0, atol=1e-6)
     fitted = slice(calibration.SINK_LENGTH, -calibration.END_WINDOWS * WINDOW)
     for index, layer in enumerate(model.model.layers):
         score = layer.self_attn.memory.score_proj
         torch.testing.assert_close(score.weight, planted, rtol=0, atol=1e-6)
-        scores = [score(list(walk(model, each))[index][1][fitted]) for each in ids]
+        scores = [score(list(full_attention(model, each))[index][1][fitted]) for each in ids]
         assert torch.cat(scores).mean(0).abs().max() < 1e-9
+
+
+def test_how_little_the_lower_half_is_needed_is_no_matter(fit_of) -> None:
+    ids, fitted = documents(2), slice(calibration.SINK_LENGTH, -calibration.END_WINDOWS * WINDOW)
+
+    def target(hidden: torch.Tensor, factor: float) -> torch.Tensor:
+        wanted = hidden[:, :2]
+        middle = wanted[fitted].quantile(calibration.LEAST_NEEDED, 0, interpolation="higher")
+        return torch.where(wanted < middle, middle + factor * (wanted - middle), wanted)
+
+    weights = []
+    for factor in (1.0, 30.0):
+        model = add_memory(make_source("llama", torch.float64), **LASTING)
+        fit_of(model, ids, lambda hidden, factor=factor: target(hidden, factor))
+        weights.append(model.model.layers[0].self_attn.memory.score_proj.weight)
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-9)
 
 
 def test_the_score_is_all_that_changes_and_it_is_kept(tmp_path) -> None:

@@ -51,7 +51,12 @@ WAYS: dict[str, Callable] = {
 
 
 def offloaded(way: str, model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    return WAYS[way](model, folder) or model
+    try:
+        return WAYS[way](model, folder) or model
+    except ValueError as error:
+        if "offload the whole model to the disk" not in str(error):
+            raise
+        pytest.skip("this accelerate puts no whole model on a disk, a Llama neither")
 
 
 @pytest.mark.parametrize("way", WAYS)

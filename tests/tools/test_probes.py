@@ -110,6 +110,7 @@ TRAINERS: dict[str, tuple[list[dict], dict]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The `KTO.*is now located in:FutureWarning")  # TRL before it moved
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainers_of_trl_take_a_folder_and_a_model(name: str, kind: str, folders: dict[str, str], tmp_path) -> None:

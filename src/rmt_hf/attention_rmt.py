@@ -334,11 +334,7 @@ class RMTAttention(nn.Module):
                 outputs.append(torch.zeros_like(asked).unflatten(0, (rows, -1)).flatten(1, 2))
                 continue
             keys, values = self.columns(frame, prefix, layout, group, start, stop)
-            seen = (
-                None
-                if mask is None
-                else mask[..., start:stop].expand(query.shape[0], -1, -1, -1).flatten(0, 1)[:, None]
-            )
+            seen = None if mask is None else mask[..., start:stop].expand(rows, -1, -1, -1).flatten(0, 1)[:, None]
             output, weights = attend(self, asked, keys.flatten(0, 1), values.flatten(0, 1), seen, is_causal=is_window)
             if seen is not None and not is_window:
                 output = output.masked_fill(~seen.any(-1).transpose(1, 2)[..., None], 0)

@@ -31,7 +31,7 @@ from .saving_rmt import (
     tensor_names,
     write_state,
 )
-from .state_rmt import HASH_INVERSE, PADDING, UNKNOWN, LayerState, StateSizes, empty_history, hash_ids, signed
+from .state_rmt import PADDING, UNKNOWN, LayerState, StateSizes, empty_history, forget_ids, hash_ids
 
 
 # What a state knows besides its tensors; all of it can be written as JSON.
@@ -182,9 +182,7 @@ class RMTCache(Cache):
         removed = (gone != PADDING).sum(1).tolist()
         ends = [end - number for end, number in zip(self.positions, removed, strict=True)]
         crossed = [new // segment < old // segment for new, old in zip(ends, self.positions, strict=True)]
-        inverses = known.new_tensor([[signed(pow(HASH_INVERSE, number, 2**64))] for number in removed])
-        known = (known - hash_ids(gone, torch.zeros_like(known))) * inverses
-        self.history = torch.cat([known, torch.full_like(gone, PADDING), kept], 1)
+        self.history = torch.cat([forget_ids(gone, known), torch.full_like(gone, PADDING), kept], 1)
         self.positions, self.num_columns = ends, max(0, self.num_columns - columns)
         self.num_croppable_columns -= columns
         if any(crossed):

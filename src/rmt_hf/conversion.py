@@ -276,13 +276,9 @@ def convert(
         for part in filter(None, (model, tokenizer)):
             part.save_pretrained(folder)
 
-    before = RMTForCausalLM._auto_class
-    try:
-        if with_code:
-            RMTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-        write_whole(target, write)
-    finally:
-        RMTForCausalLM._auto_class = before
+    if with_code and not back:  # a model is saved with the code that its configuration names
+        model.config.auto_map = {"AutoConfig": "configuration_rmt.RMTConfig"}
+    write_whole(target, write)
     return None if back else freeze_base(model)
 
 

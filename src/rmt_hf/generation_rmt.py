@@ -90,9 +90,10 @@ class RMTGeneration:
         cache: Any = kwargs.get("past_key_values")
         settings, length = kwargs["generation_config"], input_ids.shape[1]
         self._skip_what_was_read(input_ids, settings, kwargs)
-        before, mask = (None, None) if cache is None else (cache.clone(), kwargs.get("attention_mask"))
+        is_kept = settings.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+        before, mask = cache.clone() if cache is not None and is_kept else None, kwargs.get("attention_mask")
         output = super()._beam_search(input_ids, *args, **kwargs)  # type: ignore[misc]
-        if before is not None and (settings.return_dict_in_generate or getattr(cache, "_is_user_defined", False)):
+        if before is not None:
             sequences = output if torch.is_tensor(output) else output.sequences
             rows = torch.arange(len(sequences)) // settings.num_return_sequences * settings.num_beams
             cache.go_back_to(before)

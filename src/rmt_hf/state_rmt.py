@@ -21,7 +21,7 @@ PADDING, UNKNOWN = -1, -2  # in place of ids: of a column that counts for nothin
 # The hash of the ids of a stream is the sum of (id + 1) * HASH_BASE ** (ids after it), modulo 2^64. So padding adds
 # nothing, and what was read last can be taken out again.
 HASH_BASE = 0x5851F42D4C957F2D
-HASH_INVERSE = pow(HASH_BASE, -1, 2**64)
+HASH_INVERSE = (pow(HASH_BASE, -1, 2**64) + 2**63) % 2**64 - 2**63  # as int64 has it
 
 
 class StateSizes(NamedTuple):
@@ -177,8 +177,8 @@ class LayerState(NamedTuple):
         plain = [cut(without_prefix(states, segment, skip), 2, segment, sizes.columns) for states in self[:2]]
         keys, values = (join_prefix(*pair, segment) for pair in zip(plain, prefix, strict=True))
         scores, length = self.scores[:, : sizes.columns], sizes.queries
-        if scores.shape[2]:
-            scores = cut(self.scores, 1, segment, sizes.columns).contiguous()
+        has_scores = scores.shape[2] > 0  # onnxruntime gathers nothing from nothing, and a view of the frame is spoilt
+        scores = cut(self.scores, 1, segment, sizes.columns).contiguous() if has_scores else scores.clone()
         queries = cut(self.queries, 2, length, 2 * length).contiguous() if length else self.queries
         return self._replace(keys=keys, values=values, scores=scores, queries=queries)
 
@@ -263,15 +263,21 @@ def hash_ids(ids: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     if ids.shape[1] == 1:  # a step, which feels every operation
         return torch.where(ids == PADDING, known, known * HASH_BASE + ids + 1)
     after = (ids != PADDING).flip(1).cumsum(1).flip(1)  # from each column on
-    powers = ids.new_full((ids.shape[1] + 1,), HASH_BASE).index_fill(0, after.new_zeros(1), 1).cumprod(0)
+    powers = powers_of(HASH_BASE, ids)
     return known * powers[after[:, :1]] + ((ids + 1) * powers[(after - 1).clamp_min(0)]).sum(1, keepdim=True)
+
+
+def forget_ids(ids: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    """The hash (B, 1) of streams before ids (B, T), of `known`, (B, 1), after them."""
+    numbers = (ids != PADDING).sum(1, keepdim=True)
+    return (known - hash_ids(ids, torch.zeros_like(known))) * powers_of(HASH_INVERSE, ids)[numbers]
+
+
+def powers_of(base: int, ids: torch.Tensor) -> torch.Tensor:
+    """The base to the powers 0 to T for ids (B, T), (T + 1,) int64, modulo 2^64."""
+    return torch.cat([ids.new_ones(1), ids.new_full((ids.shape[1],), base)]).cumprod(0)
 
 
 def empty_history(ids: torch.Tensor, segment: int) -> torch.Tensor:
     """The history (B, 1 + S) of streams that have read nothing."""
     return F.pad(ids.new_full((len(ids), segment), PADDING), (1, 0))
-
-
-def signed(number: int) -> int:
-    """A number modulo 2^64 as int64 has it."""
-    return (number + 2**63) % 2**64 - 2**63

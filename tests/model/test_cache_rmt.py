@@ -1,5 +1,6 @@
 """The laws of the state: cuts, pads, rows, documents, gradients, size, purity; and the verbs of RMTCache."""
 
+import itertools
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -169,6 +170,18 @@ def test_what_stands_at_padding_does_not_matter(models, padding):
     torch.testing.assert_close(outputs.logits[mask], expected[mask], **CLOSE)
     outputs.past_key_values.history = state.history  # embeddings have no ids
     assert_same_rows(outputs.past_key_values, state, model.config)
+
+
+@every_form
+def test_calls_with_and_without_gradients_follow_each_other(models, form):
+    """Over a segment end; no tensor of the state is a view that the next call would spoil."""
+    model = models[form]
+    for modes in itertools.product([False, True], repeat=4):
+        cache = RMTCache(model.config)
+        for size, mode in zip((S - 3, 2, 1, 1), modes, strict=True):
+            with torch.set_grad_enabled(mode):
+                model(tiny_ids(1, size, seed=size), past_key_values=cache)
+            assert all(tensor[0].numel() >= 0 for tensor in cache.tensors())  # looking at them raises if they are
 
 
 @padding

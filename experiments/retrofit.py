@@ -1,311 +1,228 @@
-"""What a converted model has gained and lost: against its source, and against windows of the same size.
+"""What converted models have gained and lost: against their source, windows, and caches that evict.
 
-    python -m experiments.retrofit SOURCE MODEL --output-dir experiments/results/retrofit
+    python -m experiments.retrofit SOURCE calibrated=FOLDER taught=FOLDER --output-dir experiments/results/retrofit
 
-Text that was held out, a stream longer than the source can read, facts asked for at many distances, chats, and the cost
-of a token. Each finished unit is a line of JSON, and one that is there already is not measured again; tables and plot
-are written from the lines (`retrofit_report`).
+Held-out text of five kinds, one stream longer than the source can read, facts asked for at many distances, chats, and
+the cost of a token. The untrained conversion is made of SOURCE. Each finished unit is a line of JSON, and one that is
+there already is not measured again; tables and plot are written from the lines (`retrofit_report`).
 
 Shapes: B documents, T tokens.
 """
 
 import argparse
-import itertools
+import copy
 import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.baselines import read, state_bytes
-from experiments.code_rows import ask_all, code_stories
-from experiments.corpora import chat_openings, king_james, shakespeare
+from experiments.corpora import chat_openings, held_out_documents, king_james
+from experiments.eviction import POLICIES, EvictionForCausalLM
+from experiments.recall_rows import recall_row
 from experiments.reports import environment
 from experiments.retrofit_report import write_retrofit_report
-from experiments.stories import Background, read_background
 from rmt_hf import RMTForCausalLM
 from rmt_hf.conversion import add_memory
-from rmt_hf.data import IGNORED, token_byte_counts, tokenize
+from rmt_hf.data import token_byte_counts
 from rmt_hf.evaluation.ablation import empty_memories, pass_on_memories, stream_bits
 from rmt_hf.evaluation.bits import bucket_sums, position_edges, token_bits
 from rmt_hf.files import digest, write_whole
 
 
-OURS, EMPTIED, PASSED_ON = "ours", "ours, memory emptied", "ours, memory of another document"
-ABLATIONS = {EMPTIED: empty_memories, PASSED_ON: pass_on_memories}
-FULL = "full attention"
-NUM_FACTS = {"needle": 1, "key/value": 4}
-EXAMPLE = "What is the secret code of Atlantis?\nAnswer: 3141"  # shows the form, which ours has been taught
-ROOM = 64  # tokens of a row for each question, and for as much before the facts
-ANSWER_TOKENS = 32
-DECODED_TOKENS = 32
+FULL, UNTRAINED = "full attention", "untrained"
+EVICTED = {"sum": "evicted by attention so far (H2O)", "last": "evicted by the last 32 tokens (SnapKV)"}
+ABLATIONS = {"emptied": empty_memories, "of another document": pass_on_memories}
+PLAYS, KINDS = "plays", ("plays", "novels", "messages", "code", "chats")
+ANSWER_TOKENS = DECODED_TOKENS = 32
+CALL_LENGTH = 512
 
 
 class Sizes(NamedTuple):
     """How much is measured.
 
     Args:
-        documents: Held-out plays.
-        document_tokens: Read of each.
+        documents: Of each kind of text.
+        document_tokens: Read of each play; of other kinds a quarter.
         stream_tokens: Read of the long stream.
         windows: Distances of facts, windows.
-        recall_rows: Rows for each distance and number of facts.
+        recall_tokens: Of all rows of one distance; there are 4 to 12 rows.
         prompts: Chats.
-        decode_at: Tokens read before the cost of one is measured.
+        positions: Tokens read before the cost of one is measured.
     """
 
     documents: int = 4
     document_tokens: int = 8192
     stream_tokens: int = 65_536
     windows: tuple[int, ...] = (2, 4, 8, 16, 32)
-    recall_rows: int = 8
+    recall_tokens: int = 24_576
     prompts: int = 200
-    decode_at: int = 8192
+    positions: tuple[int, ...] = (8192, 65_536)
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What the units share.
+class Contender(NamedTuple):
+    """How it is made, and a hash of its weights ("" for what is made of the source alone)."""
 
-    Args:
-        model: Ours.
-        source: With full attention.
-        tokenizer: Of both.
-        sizes: How much.
-        weights: Which weights and configuration ours has: hashes, say.
-    """
-
-    model: RMTForCausalLM
-    source: PreTrainedModel
-    tokenizer: Any
-    sizes: Sizes
+    make: Callable[[], Any]
     weights: str = ""
 
-    @property
-    def window(self) -> int:
-        """Tokens of our window."""
-        return self.model.config.window_length
 
-    @cached_property
-    def background(self) -> Background:
-        """All held-out plays, for facts to be told in."""
-        _, held_out = shakespeare()
-        return read_background("\n".join(held_out["text"]), self.tokenizer)
+class Evidence(NamedTuple):
+    """What the units share."""
 
-
-def sliding_window(source: PreTrainedModel, window: int) -> MistralForCausalLM:
-    """The source (of Llama's family, without biases) with attention to the last tokens alone; tensors are shared.
-
-    Args:
-        source: Any length of attention.
-        window: Tokens that a token sees, itself included.
-    """
-    known = source.config.to_dict()
-    kept = {name: known[name] for name in MistralConfig().to_dict() if name in known and name != "model_type"}
-    config = MistralConfig(**{**kept, "sliding_window": window, "architectures": None})
-    loaded: Any = MistralForCausalLM.from_pretrained(
-        None, config=config, state_dict=source.state_dict(), dtype=source.dtype, output_loading_info=True
-    )
-    model, report = loaded
-    if report["missing_keys"] or report["unexpected_keys"]:
-        raise ValueError(
-            f"source must have the tensors of Mistral, got {sorted(report['unexpected_keys'])[:5]} besides."
-        )
-    return model.eval()
+    contenders: dict[str, Contender]
+    tokenizer: Any
+    sizes: Sizes
+    window: int
+    dtype: torch.dtype
+    texts: Callable[[], dict[str, list[str]]]
 
 
-def window_with_sink(source: PreTrainedModel, segment_length: int, num_lookback_segments: int = 1) -> RMTForCausalLM:
+def window_with_sink(source: PreTrainedModel, segment_length: int) -> RMTForCausalLM:
     """The source as a converted model without memory: its window and the sink are all that it sees."""
-    fields = {"segment_length": segment_length, "chunk_length": segment_length, "num_memory_slots": 0}
-    fields |= {"num_lookback_segments": num_lookback_segments}
-    return add_memory(source, use_local_attention=False, **fields).eval()
+    return add_memory(source, segment_length=segment_length, num_memory_slots=0).eval()
 
 
-def tokens_of_equal_state(model: RMTForCausalLM) -> int:
-    """Tokens whose keys and values are as many bytes as the state of one of our streams, rounded up."""
-    config = model.config
-    num_heads, width = config.key_value_shape
-    per_token = 2 * config.num_hidden_layers * num_heads * width * torch.finfo(model.dtype).bits // 8
-    return -(-state_bytes(model, 1, config.window_length) // per_token)
+def segment_of_equal_state(source: PreTrainedModel, model: RMTForCausalLM) -> int:
+    """Segment length of a window with sink whose state has the bytes of ours, rounded up; it holds three segments."""
+    num_heads, width = model.config.key_value_shape
+    per_token = 2 * model.config.num_hidden_layers * num_heads * width * model.dtype.itemsize
+    return -(-state_bytes(model, 1, model.config.window_length) // (3 * per_token))
 
 
-def contenders(model: RMTForCausalLM, source: PreTrainedModel) -> dict[str, Callable[[], PreTrainedModel]]:
-    """Ours, the source with its full attention, and what it is with windows; each is made when it is called."""
-    window, equal, lookback = (
-        model.config.window_length,
-        tokens_of_equal_state(model),
-        model.config.num_lookback_segments,
-    )
-    segment, longer = model.config.segment_length, equal // (lookback + 2)  # a state has one segment more than is seen
-    slots = model.config.num_memory_slots
-    return {
-        OURS: lambda: model,
-        FULL: source.eval,
-        f"sliding window of {window}": partial(sliding_window, source, window),
-        f"sliding window of {equal}, our state bytes": partial(sliding_window, source, equal),
-        f"window of {window} and sink": partial(window_with_sink, source, segment, lookback),
-        f"window of {window + slots} and sink, our keys": partial(
-            window_with_sink, source, (window + slots) // (lookback + 1), lookback
+def contenders(source: PreTrainedModel, folders: dict[str, Path], segment_length: int) -> dict[str, Contender]:
+    """The source, what it is without a memory of ours, the untrained conversion, and converted models in folders."""
+    untrained = add_memory(source, segment_length=segment_length)
+    slots, equal = untrained.config.num_memory_slots, segment_of_equal_state(source, untrained)
+    made = {
+        FULL: Contender(source.eval),
+        f"window of {2 * segment_length} and sink": Contender(partial(window_with_sink, source, segment_length)),
+        f"window of {2 * segment_length + slots} and sink, our keys": Contender(
+            partial(window_with_sink, source, segment_length + slots // 2)
         ),
-        f"window of {longer * (lookback + 1)} and sink, our state bytes": partial(
-            window_with_sink, source, longer, lookback
-        ),
+        f"window of {2 * equal} and sink, our bytes": Contender(partial(window_with_sink, source, equal)),
     }
+    for policy in POLICIES:
+        made[EVICTED[policy]] = Contender(partial(EvictionForCausalLM, source, segment_length, slots, policy))
+    made[UNTRAINED] = Contender(untrained.eval)
+    for name, folder in folders.items():
+        load = partial(RMTForCausalLM.from_pretrained, folder, dtype=source.dtype)
+        made[name] = Contender(load, f"{digest(folder / 'model.safetensors')[:16]}")
+    return made
 
 
-def text_bits(name: str, model: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Bits (B, T - 1) of documents read as streams; ours under ablations of memory, too."""
-    if name != OURS:
-        return {name: torch.cat([token_bits(model, row[None], show_progress=True) for row in input_ids])}
-    ablations = ABLATIONS if len(input_ids) > 1 else {EMPTIED: empty_memories}
-    bits = stream_bits(cast(RMTForCausalLM, model), input_ids, ablations, show_progress=True)
-    return {OURS: bits.pop("own"), **bits}
+def documents(evidence: Evidence, kind: str, num_tokens: int) -> torch.Tensor:
+    """Beginnings of the first held-out documents of a kind, (B, T)."""
+    texts = evidence.texts()[kind][: evidence.sizes.documents]
+    cut = evidence.tokenizer([text[: 8 * num_tokens] for text in texts], add_special_tokens=False, verbose=False)
+    return torch.tensor([ids[:num_tokens] for ids in cut["input_ids"]])
 
 
-def text_lines(
-    table: str, name: str, evidence: Evidence, input_ids: torch.Tensor, edges: Sequence[int]
-) -> Iterator[dict[str, Any]]:
-    """Bits and bytes of each document in each bucket of positions, for a contender; and for ours under ablations."""
-    contender = contenders(evidence.model, evidence.source)[name]()
+def sums(evidence: Evidence, bits: torch.Tensor, input_ids: torch.Tensor, edges: Sequence[int]) -> dict[str, Any]:
+    """Bits and bytes of each document in each bucket of positions."""
     token_bytes = token_byte_counts(evidence.tokenizer)[input_ids[:, 1:]]
-    for condition, bits in text_bits(name, contender, input_ids).items():
-        found = {"bits": bucket_sums(bits, edges).tolist(), "bytes": bucket_sums(token_bytes, edges).tolist()}
-        yield {"table": table, "contender": condition, "edges": list(edges), **found}
+    found = {"bits": bucket_sums(bits, edges).tolist(), "bytes": bucket_sums(token_bytes, edges).tolist()}
+    return {"edges": list(edges), **found}
 
 
-def document_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
-    """Held-out plays, in buckets that double."""
-    sizes = evidence.sizes
-    _, held_out = shakespeare(sizes.documents)
-    rows = tokenize(held_out, evidence.tokenizer)["input_ids"]
-    input_ids = torch.tensor([ids[: sizes.document_tokens] for ids in rows])
-    edges = position_edges(sizes.document_tokens, evidence.window)
-    return text_lines("text", name, evidence, input_ids, edges)
+def text_lines(model: Any, evidence: Evidence, kind: str) -> Iterator[dict[str, Any]]:
+    """Held-out documents of a kind, in buckets that double."""
+    num_tokens = evidence.sizes.document_tokens // (1 if kind == PLAYS else 4)
+    input_ids = documents(evidence, kind, num_tokens)
+    bits = torch.cat([token_bits(model, row[None]) for row in tqdm(input_ids, desc=kind)])
+    yield sums(evidence, bits, input_ids, position_edges(num_tokens, evidence.window))
 
 
-def stream_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
+def ablation_lines(model: RMTForCausalLM, evidence: Evidence, _: Any) -> Iterator[dict[str, Any]]:
+    """A quarter of each play, with the own memory, with none, and with that of the next play."""
+    num_tokens = evidence.sizes.document_tokens // 4
+    input_ids = documents(evidence, PLAYS, num_tokens)
+    for name, bits in stream_bits(model, input_ids, ABLATIONS, show_progress=True).items():
+        yield {"memory": name, **sums(evidence, bits, input_ids, position_edges(num_tokens, evidence.window))}
+
+
+def stream_lines(model: Any, evidence: Evidence, _: Any) -> Iterator[dict[str, Any]]:
     """The King James Bible from its beginning, one stream, in eight equal buckets."""
-    num_tokens = evidence.sizes.stream_tokens
-    ids = evidence.tokenizer(king_james()[: 8 * num_tokens], verbose=False)["input_ids"][:num_tokens]
-    edges = [num_tokens * part // 8 for part in range(9)]
-    return text_lines("stream", name, evidence, torch.tensor([ids]), edges)
-
-
-class Asked(NamedTuple):
-    """A row (1, T) and the tokens of it that are answers, one list of positions for each."""
-
-    input_ids: torch.Tensor
-    answers: list[list[int]]
-
-
-def recall_rows(background: Background, num_facts: int, num_windows: int, window: int, count: int) -> list[Asked]:
-    """Rows that ask for all codes told in them, at `num_windows` windows before the first question or one less.
-
-    Before the first question one is answered that nothing was told about, as an example.
-
-    Args:
-        background: Text that was not trained on.
-        num_facts: Codes in a row.
-        num_windows: At least 2.
-        window: Tokens of our window.
-        count: Number of rows.
-    """
-    rng, rows = random.Random(f"{num_facts} {num_windows}"), []
-    span = ((num_windows - 1) * window, num_windows * window)
-    for _ in range(count):
-        first, *others = code_stories(num_facts, rng)
-        stories = [first._replace(question=f"{EXAMPLE}\nQuestion: {first.question}"), *others]
-        row = ask_all(stories, background, span[1] + ROOM * (2 + num_facts), span, rng)
-        is_answer = [label != IGNORED for label in row["labels"]]
-        runs = itertools.groupby(range(len(is_answer)), key=is_answer.__getitem__)
-        answers = [list(positions) for is_run, positions in runs if is_run]
-        rows.append(Asked(torch.tensor([row["input_ids"]]), answers))
-    return rows
+    size = evidence.sizes.stream_tokens
+    ids = evidence.tokenizer(king_james()[: 8 * size], add_special_tokens=False, verbose=False)["input_ids"][:size]
+    input_ids = torch.tensor([ids])
+    bits = token_bits(model, input_ids, show_progress=True)
+    yield sums(evidence, bits, input_ids, [size * part // 8 for part in range(9)])
 
 
 @torch.no_grad()
-def recall(
-    model: PreTrainedModel, row: Asked, ablations: Sequence[Callable | None] = (None,), call_length: int = 512
-) -> list[list[bool]]:
-    """Whether each answer would be given, all of its tokens, by taking the likeliest token each time.
-
-    Args:
-        model: Any contender.
-        row: What to read.
-        ablations: What is done to the state before the questions; None for nothing. Others want a model of ours.
-        call_length: Tokens in one call.
-
-    Returns:
-        The answers' verdicts under each ablation.
-    """
-    begin = row.answers[0][0] - 32  # within the question, or just before it
-    state, wanted, found = None, row.input_ids[0], []
-    for part in row.input_ids[:, :begin].split(call_length, 1):
-        _, state = read(model, part, state)
-    for ablation in ablations:
-        asked = state if ablation is None and len(ablations) == 1 else cast(Any, state).clone()
-        if ablation is not None:
-            ablation(asked)
-        logits, _ = read(model, row.input_ids[:, begin:-1], asked, logits_to_keep=0)
-        said = logits.argmax(-1)[0]  # index c says what token begin + c + 1 is
-        found.append([all(bool(said[c - begin - 1] == wanted[c]) for c in positions) for positions in row.answers])
-    return found
-
-
-def recall_lines(name: str, evidence: Evidence, distance: int) -> Iterator[dict[str, Any]]:
-    """Share of right answers of each row at a distance; of ours with its memory emptied as well."""
-    contender = contenders(evidence.model, evidence.source)[name]()
-    conditions = {name: None} | ({EMPTIED: empty_memories} if name == OURS else {})
-    shares: dict[str, dict[str, list[float]]] = {condition: {} for condition in conditions}
-    for kind, num_facts in NUM_FACTS.items():
-        rows = recall_rows(evidence.background, num_facts, distance, evidence.window, evidence.sizes.recall_rows)
-        for row in tqdm(rows, desc=f"{name}: {kind}, {distance} windows"):
-            for condition, hits in zip(conditions, recall(contender, row, list(conditions.values())), strict=True):
-                shares[condition].setdefault(kind, []).append(sum(hits) / len(hits))
-    for condition, found in shares.items():
-        yield {"table": "recall", "contender": condition, "distance": distance, "shares": found}
+def recall_lines(model: Any, evidence: Evidence, distance: int) -> Iterator[dict[str, Any]]:
+    """Of each row and question: whether the answer's tokens are the likeliest, and their mean log-probability."""
+    rng, text = random.Random(distance), "\n\n".join(evidence.texts()[PLAYS])
+    count = max(4, min(12, evidence.sizes.recall_tokens // (distance * evidence.window)))
+    rows = [recall_row(text, evidence.tokenizer, distance, evidence.window, rng) for _ in range(count)]
+    conditions: dict[str, Callable | None] = {"own": None}
+    if isinstance(model, RMTForCausalLM) and model.config.num_memory_slots:
+        conditions["emptied"] = empty_memories
+    answers: dict[str, dict[str, list[list[tuple[bool, float]]]]] = {name: {} for name in conditions}
+    for row in tqdm(rows, desc=f"{distance} windows"):
+        state = None
+        for part in row.prose[None].split(CALL_LENGTH, 1):
+            _, state = read(model, part, state)
+        for name, ablate in conditions.items():
+            for kind in dict.fromkeys(question.kind for question in row.questions):
+                answers[name].setdefault(kind, []).append([])
+            for kind, question, answer in row.questions:
+                asked = copy.deepcopy(state)
+                if ablate is not None:
+                    ablate(asked)
+                logits, _ = read(model, torch.cat([question, answer])[None, :-1], asked, logits_to_keep=len(answer))
+                logs = F.log_softmax(logits[0].float(), -1).gather(1, answer[:, None])
+                is_right = bool((logits[0].argmax(-1) == answer).all())
+                answers[name][kind][-1].append((is_right, logs.mean().item()))
+    for name, found in answers.items():
+        yield {"memory": name, "answers": found}
 
 
 @torch.no_grad()
-def chat_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
-    """Share of chat prompts that ours and its source answer with the same tokens, the likeliest each time."""
+def chat_lines(model: Any, evidence: Evidence, _: Any) -> Iterator[dict[str, Any]]:
+    """How many tokens a model and its source answer alike to each chat prompt, the likeliest each time."""
+    source = evidence.contenders[FULL].make()
     prompts = [[{"role": "user", "content": text}] for text in chat_openings(evidence.sizes.prompts)]
-    same = []
+    alike = []
     for prompt in tqdm(prompts, desc="Answering"):
         ids = evidence.tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         settings = {"max_new_tokens": ANSWER_TOKENS, "do_sample": False}
-        answers = [cast(Any, each).generate(**ids, **settings).tolist() for each in (evidence.model, evidence.source)]
-        same.append(answers[0] == answers[1])
-    yield {"table": "chat", "contender": name, "same": same}
+        ours, theirs = (cast(Any, each).generate(**ids, **settings)[0].tolist() for each in (model, source))
+        first = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), None)
+        length = ids["input_ids"].shape[1]
+        alike.append([len(ours) - length if first is None else first - length, len(ours) - length])
+    yield {"alike": alike}
 
 
 @torch.no_grad()
-def cost_lines(name: str, evidence: Evidence) -> Iterator[dict[str, Any]]:
-    """Median CPU milliseconds of a token after many others, and the bytes that are carried then."""
-    contender, position = contenders(evidence.model, evidence.source)[name](), evidence.sizes.decode_at
-    state, times = None, []
-    for part in torch.ones(1, position, dtype=torch.long).split(512, 1):
-        _, state = read(contender, part, state)
+def cost_lines(model: Any, evidence: Evidence, position: int) -> Iterator[dict[str, Any]]:
+    """CPU seconds of a prompt, median CPU milliseconds of a token after it, and the bytes that are carried then."""
+    state, times, start = None, [], time.process_time()
+    for part in torch.ones(1, position, dtype=torch.long).split(CALL_LENGTH, 1):
+        _, state = read(model, part, state)
+    prompt = time.process_time() - start
     for _ in range(DECODED_TOKENS):
         start = time.process_time()
-        _, state = read(contender, torch.ones(1, 1, dtype=torch.long), state)
+        _, state = read(model, torch.ones(1, 1, dtype=torch.long), state)
         times.append(time.process_time() - start)
-    milliseconds = 1000 * sorted(times)[len(times) // 2]
-    carried = state_bytes(contender, 1, position)
-    yield {"table": "cost", "contender": name, "position": position, "ms": milliseconds, "state_bytes": carried}
+    carried = state_bytes(model, 1, position)
+    yield {"prompt_seconds": prompt, "ms": 1000 * sorted(times)[len(times) // 2], "state_bytes": carried}
 
 
-TABLES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
-    "text": document_lines,
+TABLES: dict[str, Callable[[Any, Evidence, Any], Iterator[dict[str, Any]]]] = {
+    "text": text_lines,
+    "ablation": ablation_lines,
     "stream": stream_lines,
     "recall": recall_lines,
     "chat": chat_lines,
@@ -314,40 +231,52 @@ TABLES: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 
 
 class Unit(NamedTuple):
-    """What is measured in one go: a table, a contender, and in recall a distance."""
+    """What is measured in one go: a table, a contender, and the kind of text, the distance or the position."""
 
     table: str
     contender: str
-    distance: int | None = None
+    part: Any = None
 
 
-def units(evidence: Evidence, tables: Sequence[str] = tuple(TABLES)) -> list[Unit]:
+def units(evidence: Evidence, tables: Sequence[str] = tuple(TABLES), kinds: Sequence[str] = KINDS) -> list[Unit]:
     """What there is to measure."""
-    names = list(contenders(evidence.model, evidence.source))
-    wanted = {"stream": [name for name in names if name != FULL], "chat": [OURS], "cost": [OURS, FULL]}
-    distances: dict[str, Sequence[int | None]] = {"recall": evidence.sizes.windows}
-    return [
-        Unit(table, name, distance)
+    names = list(evidence.contenders)
+    ours = names[names.index(UNTRAINED) :]
+    wanted = {
+        "ablation": ours,
+        "stream": [name for name in names[1:] if name not in EVICTED.values()],
+        "chat": [name for name in ours if evidence.contenders[name].weights],
+        "cost": [FULL, UNTRAINED],
+    }
+    parts: dict[str, Sequence[Any]] = {
+        "text": kinds,
+        "recall": evidence.sizes.windows,
+        "cost": evidence.sizes.positions,
+    }
+    found = [
+        Unit(table, name, part)
         for table in tables
+        for part in parts.get(table, [None])
         for name in wanted.get(table, names)
-        for distance in distances.get(table, [None])
     ]
+    return [unit for unit in found if unit.table != "cost" or unit.contender != FULL or unit.part <= 8192]
 
 
 SIZES_OF = {
     "text": ("documents", "document_tokens"),
+    "ablation": ("documents", "document_tokens"),
     "stream": ("stream_tokens",),
-    "recall": ("recall_rows",),
+    "recall": ("recall_tokens",),
     "chat": ("prompts",),
-    "cost": ("decode_at",),
+    "cost": (),
 }
 
 
 def settings_of(unit: Unit, evidence: Evidence) -> dict[str, Any]:
     """What else the figures of a unit depend on."""
     sizes = {name: getattr(evidence.sizes, name) for name in SIZES_OF[unit.table]}
-    fixed = {"dtype": str(evidence.model.dtype).removeprefix("torch."), "window": evidence.window}
-    return {**sizes, **fixed, "weights": evidence.weights if unit.contender == OURS else ""}
+    fixed = {"dtype": str(evidence.dtype).removeprefix("torch."), "window": evidence.window}
+    return {**sizes, **fixed, "weights": evidence.contenders[unit.contender].weights}
 
 
 def measure(evidence: Evidence, file: Path, chosen: Sequence[Unit]) -> None:
@@ -359,15 +288,15 @@ def measure(evidence: Evidence, file: Path, chosen: Sequence[Unit]) -> None:
         chosen: Units.
     """
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    done = [(Unit(line["table"], line["contender"], line.get("distance")), line["settings"]) for line in lines]
+    done = [(Unit(line["table"], line["contender"], line["part"]), line["settings"]) for line in lines]
     facts = environment(("torch", "transformers"))
     for unit in chosen:
         settings = settings_of(unit, evidence)
         if (unit, settings) in done:
             continue
-        arguments = [unit.contender, evidence] + ([] if unit.distance is None else [unit.distance])
-        with torch.no_grad():
-            lines += [{**line, "settings": settings, "environment": facts} for line in TABLES[unit.table](*arguments)]
+        model = evidence.contenders[unit.contender].make()
+        found = TABLES[unit.table](model, evidence, unit.part)
+        lines += [{**unit._asdict(), **line, "settings": settings, "environment": facts} for line in found]
         text = "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines)
         write_whole(file, partial(Path.write_text, data=text, encoding="utf-8"))
 
@@ -376,12 +305,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of the model that was converted")
-    parser.add_argument("model", type=Path, help="folder of the converted model")
+    parser.add_argument("models", nargs="*", metavar="NAME=FOLDER", help="converted models")
     parser.add_argument("--output-dir", type=Path, default=Path("experiments/results/retrofit"))
     parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of text")
     parser.add_argument(
         "--contenders", nargs="+", metavar="NAME", help="names, or beginnings of them; all if not given"
     )
+    parser.add_argument("--austen", type=Path, default=Path("/"), help="where r-cran-janeaustenr was unpacked")
+    parser.add_argument("--segment-length", type=int, default=128)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     for name, value in Sizes()._asdict().items():
@@ -396,14 +328,17 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     source = AutoModelForCausalLM.from_pretrained(args.source, dtype=dtype)
-    model = RMTForCausalLM.from_pretrained(args.model, dtype=dtype)
+    folders = {name: Path(folder) for name, _, folder in (model.partition("=") for model in args.models)}
+    made = contenders(source, folders, args.segment_length)
     sizes = Sizes(**{name: getattr(args, name) for name in Sizes._fields})
-    files = [args.model / "config.json", *sorted(args.model.glob("*.safetensors"))]
-    weights = " ".join(digest(file)[:16] for file in files)
-    evidence = Evidence(model.eval(), source.eval(), AutoTokenizer.from_pretrained(args.source), sizes, weights)
-    chosen = units(evidence, args.tables)
-    if args.contenders is not None:
-        chosen = [unit for unit in chosen if unit.contender.startswith(tuple(args.contenders))]
+    tokenizer = AutoTokenizer.from_pretrained(args.source)
+    texts = partial(held_out_documents, args.austen)
+    evidence = Evidence(made, tokenizer, sizes, 2 * args.segment_length, dtype, texts)
+    chosen = [
+        unit
+        for unit in units(evidence, args.tables, args.kinds)
+        if args.contenders is None or unit.contender.startswith(tuple(args.contenders))
+    ]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     file = args.output_dir / "lines.jsonl"
     measure(evidence, file, chosen)

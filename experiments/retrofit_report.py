@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rmt_hf.files import write_whole
 
 
 Line = dict[str, Any]
+FULL = "full attention"
 
 
 def write_retrofit_report(file: Path, directory: Path) -> None:
@@ -33,19 +33,23 @@ def write_retrofit_report(file: Path, directory: Path) -> None:
         write_whole(directory / "retrofit.png", lambda path: plot(lines, path))
 
 
-def of_table(lines: Sequence[Line], table: str) -> dict[str, Line]:
-    """The lines of a table by contender, ours first; of several the last one counts, and only what is like the last."""
-    chosen = [line for line in lines if line["table"] == table]
-    shapes = [(line.get("edges"), line.get("distance"), len(line.get("bytes", ()))) for line in chosen]
-    found = {line["contender"]: line for line, shape in zip(chosen, shapes, strict=True) if shape == shapes[-1]}
-    return dict(sorted(found.items(), key=lambda item: not item[0].startswith("ours")))
+def latest(lines: Sequence[Line], table: str, part: Any = None) -> dict[str, Line]:
+    """Lines of a table (and a kind of text, distance or position) by contender: the last one measured of each."""
+    return {line["contender"]: line for line in lines if line["table"] == table and part in (None, line["part"])}
 
 
-def pair(samples: Sequence[float]) -> str:
+def parts_of(lines: Sequence[Line], table: str) -> list[Any]:
+    """Kinds of text, distances or positions that a table has."""
+    found = dict.fromkeys(line["part"] for line in lines if line["table"] == table)
+    return list(found) if table == "text" else sorted(found)
+
+
+def pair(samples: Sequence[float], digits: int = 4) -> str:
     """Mean ± standard error; a single sample has none."""
     if len(samples) == 1:
-        return f"{samples[0]:.4f}"
-    return "{:.4f} ± {:.4f}".format(*mean_and_standard_error(torch.tensor(samples, dtype=torch.float64)))
+        return f"{samples[0]:.{digits}f}"
+    mean, error = mean_and_standard_error(torch.tensor(samples, dtype=torch.float64))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}"
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -61,6 +65,11 @@ def per_byte(line: Line, first: int = 0) -> list[list[float]]:
     return torch.cat([bits / sizes, overall], 1).tolist()
 
 
+def beyond(line: Line) -> list[float]:
+    """Bits per byte of each document from the end of the first window on."""
+    return [document[-1] for document in per_byte(line, 1)]
+
+
 def bits_table(lines: dict[str, Line], first: int) -> str:
     """Bits per byte by position, one row for each contender; the last column is of all buckets from `first` on."""
     edges = next(iter(lines.values()))["edges"]
@@ -69,66 +78,121 @@ def bits_table(lines: dict[str, Line], first: int) -> str:
     return markdown(header, rows)
 
 
-def differences(lines: dict[str, Line], first: int) -> str:
-    """By how much each is worse than ours from bucket `first` on, paired by document."""
-    ours = [document[-1] for document in per_byte(lines["ours"], first)]
-    words = []
-    for name, line in lines.items():
-        theirs = [document[-1] for document in per_byte(line, first)]
-        words.append(f"{name} {pair([b - a for a, b in zip(ours, theirs, strict=True)])}")
-    return "Minus ours, bits per byte, paired by document: " + "; ".join(words[1:]) + "."
+def closed(lines: dict[str, Line], name: str) -> str:
+    """Which share of the gap between the window alone and full attention a contender closes."""
+    window = next((each for each in lines if each.startswith("window of")), None)
+    if window is None or FULL not in lines:
+        return ""
+    none, full, own = (statistics.fmean(beyond(lines[each])) for each in (window, FULL, name))
+    return f"{(none - own) / (none - full):.2f}"
 
 
-def recovered(lines: dict[str, Line]) -> str:
-    """Which share of the gap between each window and full attention ours makes good, beyond our window."""
-    means = {name: statistics.fmean(document[-1] for document in per_byte(line, 1)) for name, line in lines.items()}
-    shares = []
-    for name, mean in means.items():
-        gap = mean - means["full attention"]
-        if "window" in name and gap > 0:
-            shares.append(f"{name} {(mean - means['ours']) / gap:.2f} of {gap:.4f}")
-    return "Share of the gap to full attention that ours makes good, beyond our window: " + "; ".join(shares) + "."
+def kinds_table(lines: Sequence[Line]) -> str:
+    """Bits per byte beyond the first window of each kind of text, and the share of the gap that is closed."""
+    by_kind = {kind: latest(lines, "text", kind) for kind in parts_of(lines, "text")}
+
+    def cell(found: dict[str, Line], name: str) -> str:
+        return f"{pair(beyond(found[name]))} ({closed(found, name)})" if name in found else ""
+
+    names = dict.fromkeys(name for found in by_kind.values() for name in found)
+    rows = [[name, *(cell(found, name) for found in by_kind.values())] for name in names]
+    return markdown(["", *by_kind], rows)
 
 
-def recall_shares(lines: Sequence[Line], kind: str) -> dict[str, dict[int, list[float]]]:
-    """Share of right answers of each row, by contender and distance."""
-    found: dict[str, dict[int, list[float]]] = {}
-    for distance in sorted({line["distance"] for line in lines if line["table"] == "recall"}):
-        for name, line in of_table([line for line in lines if line.get("distance") == distance], "recall").items():
-            found.setdefault(name, {})[distance] = line["shares"][kind]
+def differences(lines: dict[str, Line], name: str) -> str:
+    """By how much each is worse than one of them beyond the first window, paired by document."""
+    own = beyond(lines[name])
+    words = [
+        f"{other} {pair([b - a for a, b in zip(own, beyond(line), strict=True)])}"
+        for other, line in lines.items()
+        if other != name and len(line["bits"]) == len(own)
+    ]
+    return f"Minus {name}, bits per byte, paired by document: {'; '.join(words)}."
+
+
+def ablation_table(lines: Sequence[Line]) -> str:
+    """By how much a memory that is emptied, or another document's, is worse than the own, beyond the first window."""
+    chosen = [line for line in lines if line["table"] == "ablation"]
+    found = {(line["contender"], line["memory"]): beyond(line) for line in chosen}
+    rows = []
+    for name in dict.fromkeys(contender for contender, _ in found):
+        own, *others = (found[name, memory] for memory in ("own", "emptied", "of another document"))
+        rows.append([name, pair(own), *(pair([b - a for a, b in zip(own, each, strict=True)]) for each in others)])
+    return markdown(["", "own memory", "emptied", "of another document"], rows)
+
+
+def recall_shares(lines: Sequence[Line], kind: str) -> dict[str, dict[int, list[tuple[float, float]]]]:
+    """Of each row of a kind of question: share of right answers, and mean log-probability."""
+    found: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for line in lines:
+        if line["table"] == "recall":
+            name = line["contender"] if line["memory"] == "own" else f"{line['contender']}, memory {line['memory']}"
+            rows = [list(zip(*row, strict=True)) for row in line["answers"][kind]]
+            means = [(statistics.fmean(right), statistics.fmean(logs)) for right, logs in rows]
+            found.setdefault(name, {})[line["part"]] = means
     return found
 
 
 def recall_table(lines: Sequence[Line], kind: str) -> str:
-    """Share of right answers by distance."""
-    shares = recall_shares(lines, kind)
-    distances = sorted({distance for each in shares.values() for distance in each})
-    rows = [[name, *(pair(each[d]) if d in each else "" for d in distances)] for name, each in shares.items()]
+    """Share of right answers by distance, ± over rows, and the mean log-probability of a token of the answer."""
+    shares, distances = recall_shares(lines, kind), parts_of(lines, "recall")
+    rows = []
+    for name, found in shares.items():
+        cells = []
+        for distance in distances:
+            right, logs = zip(*found[distance], strict=True) if distance in found else ((), ())
+            cells.append(f"{pair(right, 2)} ({statistics.fmean(logs):.2f})" if right else "")
+        rows.append([name, *cells])
     return markdown([f"{kind}: windows back", *map(str, distances)], rows)
+
+
+def chat_words(name: str, line: Line) -> str:
+    """How many chat prompts are answered as by the source."""
+    same = sum(alike == length for alike, length in line["alike"])
+    begun = statistics.fmean(alike / length for alike, length in line["alike"])
+    return f"{name}: {same} of {len(line['alike'])} alike to the last token, on average the first {begun:.0%}"
+
+
+def cost_table(lines: Sequence[Line]) -> str:
+    """What a prompt and a token after it cost, and what is carried."""
+    rows = []
+    for line in lines:
+        times = (f"{line[name]:,.1f}" for name in ("prompt_seconds", "ms"))
+        rows.append([f"{line['contender']}, {line['settings']['dtype']}", *times, f"{line['state_bytes']:,}"])
+    return markdown(["", "CPU s of the prompt", "CPU ms a token", "state, bytes"], rows)
 
 
 def tables(lines: Sequence[Line]) -> str:
     """Everything that was measured, in words and tables."""
     parts = []
-    by_table = {name: of_table(lines, name) for name in ("text", "stream", "chat", "cost")}
-    if text := by_table["text"]:
-        number = len(next(iter(text.values()))["bits"])
-        parts.append(f"Bits per byte by position, {number} held-out plays, mean ± standard error over plays:")
-        parts.append(bits_table(text, 1))
-        parts += [differences(text, 1)] if "ours" in text else []
-        parts += [recovered(text)] if {"ours", "full attention"} <= set(text) else []
-    if stream := by_table["stream"]:
-        parts += ["Bits per byte of one stream, the King James Bible:", bits_table(stream, 0)]
-    if kinds := next((line["shares"] for line in lines if line["table"] == "recall"), None):
-        parts.append("Share of codes, told in held-out plays, that are given when asked for; ± over rows:")
-        parts += [recall_table(lines, kind) for kind in kinds]
-    if chat := by_table["chat"]:
-        same = next(iter(chat.values()))["same"]
-        parts.append(f"Of {len(same)} chat prompts, {sum(same)} are answered with the same 32 tokens as by the source.")
-    if cost := by_table["cost"]:
-        rows = [[name, f"{line['ms']:.1f}", f"{line['state_bytes']:,}"] for name, line in cost.items()]
-        position = next(iter(cost.values()))["position"]
-        parts += [f"After {position:,} tokens:", markdown(["", "CPU ms a token", "state, bytes"], rows)]
+    if kinds := parts_of(lines, "text"):
+        parts += [
+            "Bits per byte of held-out documents beyond the first window, mean ± standard error over documents, and "
+            "in brackets the share of the gap between the window alone and full attention that is closed:",
+            kinds_table(lines),
+        ]
+        for kind in kinds:
+            found = latest(lines, "text", kind)
+            parts += [f"{kind.capitalize()}, by position:", bits_table(found, 1)]
+            parts += [differences(found, list(found)[-1])]
+    if any(line["table"] == "ablation" for line in lines):
+        parts += ["Plays, bits per byte beyond the first window with the own memory, and what other memories add:"]
+        parts += [ablation_table(lines)]
+    if stream := latest(lines, "stream"):
+        parts += ["One stream, the King James Bible:", bits_table(stream, 0)]
+    answers: dict[str, Any] = next((line["answers"] for line in lines if line["table"] == "recall"), {})
+    if answers:
+        parts.append(
+            "Share of right answers, ± over rows, and mean log-probability of a token of the answer, when asked for a "
+            "fact told in a play:"
+        )
+    parts += [recall_table(lines, kind) for kind in answers]
+    if chat := latest(lines, "chat"):
+        words = "; ".join(chat_words(name, line) for name, line in chat.items())
+        parts.append(f"Chat prompts, answered by the likeliest tokens: {words}.")
+    for position in parts_of(lines, "cost"):
+        chosen = [line for line in lines if line["table"] == "cost" and line["part"] == position]
+        parts += [f"After {position:,} tokens:", cost_table(chosen)]
     made = [{**line["environment"], "dtype": line["settings"]["dtype"]} for line in lines]
     origins = {json.dumps(each, sort_keys=True): each for each in made}
     parts.append("Made by:")
@@ -139,29 +203,23 @@ def tables(lines: Sequence[Line]) -> str:
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
-    """Bits per byte by position, and answers by distance. Needs matplotlib."""
+    """Bits per byte of plays by position, and answers by distance. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    colours: dict[str, str] = {}
-
-    def colour(name: str) -> str:  # the same in both panels, whose windows may differ by a few tokens (dtypes)
-        return colours.setdefault(re.sub(r"\d+", "", name), f"C{len(colours)}")
-
-    for name, line in of_table(lines, "text").items():
-        columns = zip(*per_byte(line), strict=True)
-        means = [sum(column) / len(column) for column in columns][:-1]
-        width = 2.5 if name == "ours" else 1.2
-        left.plot(line["edges"][1:], means, marker="o", label=name, color=colour(name), linewidth=width)
-    for kind, style in (("needle", "--"), ("key/value", "-")):
-        for name, shares in recall_shares(lines, kind).items():
-            means, label = [statistics.fmean(each) for each in shares.values()], name if style == "-" else None
-            right.plot(list(shares), means, style, marker="o", label=label, color=colour(name))
-    left.set(title="Held-out plays", xlabel="tokens read so far", ylabel="bits per byte")
-    right.set(
-        title="One of four codes, told in a play (dashed: the only one)", xlabel="windows back", ylabel="right answers"
-    )
+    text = latest(lines, "text", parts_of(lines, "text")[0])
+    colours = {name: f"C{index % 10}" for index, name in enumerate(text)}
+    for name, line in text.items():
+        means = [statistics.fmean(column) for column in zip(*per_byte(line), strict=True)][:-1]
+        left.plot(line["edges"][1:], means, marker="o", label=name, color=colours[name])
+    kinds = list(next(line["answers"] for line in lines if line["table"] == "recall"))
+    for name, shares in recall_shares(lines, kinds[-1]).items():
+        distances = sorted(shares)
+        means = [statistics.fmean(share for share, _ in shares[distance]) for distance in distances]
+        right.plot(distances, means, marker="o", label=name, color=colours.get(name, "0.8"))
+    left.set(title=parts_of(lines, "text")[0].capitalize(), xlabel="tokens read so far", ylabel="bits per byte")
+    right.set(title=kinds[-1].capitalize(), xlabel="windows back", ylabel="right answers")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.legend(fontsize="x-small")

@@ -36,6 +36,6 @@ def memory_lora_config(config: RMTConfig, memory_only: bool = False, **fields: A
     if memory_only and not config.num_memory_slots:
         raise ValueError("memory_only is for a model with memory, got num_memory_slots=0: leave it out.")
     has_fusion = config.use_local_attention or (config.fusion_type == "softmax" and config.prefix_length > 0)
-    whole = ["memory"] * (config.num_memory_slots > 0) + ["fusion"] * has_fusion
+    whole = ["memory"] * (config.num_memory_slots > 0) + ["fusion"] * has_fusion + ["sink"] * config.use_attention_sink
     targets = DUMMY_TARGET_MODULES if memory_only else [*PROJECTIONS]  # PEFT's word for none
     return LoraConfig(**{"task_type": "CAUSAL_LM", **fields}, target_modules=targets, modules_to_save=whole or None)

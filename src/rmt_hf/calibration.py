@@ -7,7 +7,6 @@ and head by head.
 Shapes: T tokens of a document, E hidden size, H query heads, G key/value heads, D head width.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .attention_rmt import RMTAttention, rotate
+from .facts import fact_documents
 from .memory_rmt import at_least_float32
 from .modeling_rmt import RMTForCausalLM
 from .sources import check_source
@@ -26,40 +26,12 @@ BLOCK_LENGTH = 256  # queries whose attention exists at once
 FLOOR = -20.0  # least target: log of an attention that nothing notices
 LEAST_NEEDED = 0.5  # share of a document's tokens that count as equally little needed: none of them is to be kept
 RIDGE = 1e-3  # of the mean variance of a hidden state
-NUM_DOCUMENTS, NUM_FACTS = 8, 4  # defaults of the documents that are made of texts
+NUM_DOCUMENTS = 8  # that are made of texts by default
 # In windows: length of a made document, and its end, whose tokens few queries come after, which is not fitted.
 DOCUMENT_WINDOWS, END_WINDOWS = 12, 3
 SINK_LENGTH = 4  # first tokens, which get attention whatever they are
-CHARACTERS_PER_TOKEN = 8  # at most, of the slices of text that are cut into tokens
 
 Texts = str | Sequence[str] | Sequence[Sequence[int]] | Sequence[torch.Tensor]
-
-KINDS = (
-    *("phone number", "locker number", "password", "room number", "ticket number", "pin", "account number"),
-    *("order number", "address", "birthday", "nickname", "favourite colour", "price", "licence plate"),
-)
-OWNERS = (
-    *("Alice", "Robert", "the captain", "Maria", "Kenji", "the hotel", "Lima", "the museum", "Doctor Hall", "Bergen"),
-    *("my brother", "the library", "Fatima", "the old ship", "Mr. Novak", "the school"),
-)
-WORDS = (
-    *("amber", "otter", "velvet", "harbour", "seven", "maple", "copper", "Thursday", "raven", "lantern", "willow"),
-    *("April", "violet", "granite", "falcon", "orchard"),
-)
-TOLD = (
-    "The {kind} of {owner} is {value}.",
-    "Note: {owner} has the {kind} {value}.",
-    "Remember that {value} is the {kind} of {owner}.",
-    "For {owner}, they wrote down {value} as the {kind}.",
-    '"And the {kind}?" - "{value}, if you mean {owner}."',
-    "{owner} ({kind}: {value}) was mentioned as well.",
-)
-ASKED = (
-    "Question: What is the {kind} of {owner}?\nAnswer: The {kind} of {owner} is {value}",
-    "Question: What is the {kind} of {owner}?\nAnswer: {value}",
-    "Q: Which {kind} belongs to {owner}?\nA: {value}",
-    "As was said before, the {kind} of {owner} is {value}",
-)
 
 
 def calibrate(
@@ -121,7 +93,10 @@ def _documents(
     if any(isinstance(text, str) for text in given):
         if tokenizer is None:
             raise ValueError("tokenizer must be given with texts, got None: give it, or token ids instead of texts.")
-        given = fact_documents(model, given, tokenizer, num_documents, seed)
+        length = min(DOCUMENT_WINDOWS * model.config.window_length, _longest(model) or 2**62)
+        told_until = length - _not_fitted(model)  # what is told behind it is not fitted
+        made = fact_documents(given, tokenizer, length, num_documents, seed, told_until)
+        given = [document.input_ids for document in made]
     documents = [torch.as_tensor(ids)[: _longest(model)] for ids in given]
     least, longest = _not_fitted(model) + SINK_LENGTH, max(map(len, documents), default=0)
     if longest <= least:
@@ -159,52 +134,6 @@ def _longest(model: RMTForCausalLM) -> int | None:
     record = model.config.converted_from
     limits = [record.get(name) for name in ("max_position_embeddings", "sliding_window")]
     return min((limit for limit in limits if limit), default=None)
-
-
-def fact_documents(
-    model: RMTForCausalLM, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, num_documents: int, seed: int = 0
-) -> list[torch.Tensor]:
-    """Documents of prose in which facts are told, and asked for at the end: token ids, (T,) each.
-
-    Args:
-        model: Whose window says how long they are.
-        texts: Prose, any number of texts of any length.
-        tokenizer: Of the model.
-        num_documents: How many.
-        seed: Of what is drawn.
-
-    Raises:
-        ValueError: If the texts have fewer tokens than a document.
-    """
-    rng, prose, documents = random.Random(seed), "\n\n".join(texts), []
-    length = min(DOCUMENT_WINDOWS * model.config.window_length, _longest(model) or 2**62)
-
-    def encode(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-    for _ in range(num_documents):
-        facts = [_fact(owner, rng) for owner in rng.sample(OWNERS, NUM_FACTS)]
-        told = [encode(f"\n\n{fact}\n\n") for fact, _ in facts]
-        asked = encode("".join(f"\n\n{question}" for _, question in rng.sample(facts, NUM_FACTS)))
-        left = length - sum(map(len, told)) - len(asked)
-        start = rng.randrange(max(1, len(prose) - CHARACTERS_PER_TOKEN * left + 1))
-        ids = encode(prose[start : start + CHARACTERS_PER_TOKEN * left])[:left]
-        if len(ids) < left:
-            raise ValueError(f"texts must have at least {left} tokens in all, got {len(ids)}: give more.")
-        room = max(1, left - _not_fitted(model))  # what is told behind it is not fitted
-        for place, fact in zip(sorted((rng.randrange(room) for _ in told), reverse=True), told, strict=True):
-            ids[place:place] = fact
-        documents.append(torch.tensor(ids + asked))
-    return documents
-
-
-def _fact(owner: str, rng: random.Random) -> tuple[str, str]:
-    """A fact about an owner, and a question for it with its answer: digits, or now and then words."""
-    value = str(rng.randrange(10 ** rng.randint(2, 6)))
-    if rng.random() < 0.3:
-        value = " ".join(rng.sample(WORDS, rng.randint(1, 2)))
-    words = {"kind": rng.choice(KINDS), "owner": owner, "value": value}
-    return rng.choice(TOLD).format(**words), rng.choice(ASKED).format(**words)
 
 
 def full_attention(

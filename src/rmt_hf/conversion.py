@@ -207,9 +207,9 @@ class ParameterShare(NamedTuple):
 
 
 def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters of memory and fusion by name, without the sink. The model may be wrapped in adapters."""
+    """Parameters of memory, fusion and sink by name. The model may be wrapped in adapters."""
     named = model.named_parameters()
-    return {name: parameter for name, parameter in named if re.search(r"self_attn\.(memory|fusion)", name)}
+    return {name: parameter for name, parameter in named if re.search(r"self_attn\.(memory|fusion|sink)\.", name)}
 
 
 def freeze_base(model: nn.Module) -> ParameterShare:

@@ -1,7 +1,9 @@
 """Every example runs at tiny settings, as a user starts it, in an empty folder, and prints what it promises."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,10 +115,26 @@ def test_a_pretrained_model_is_given_memory(run: Run, texts: Path, tmp_path: Pat
     torch.manual_seed(0)
     for part in (LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)), tokenizer):
         part.save_pretrained(tmp_path / "source")
-    said = run("05_give_a_model_memory.py", "source --text texts/a.txt --tokens 300 --segment-length 16")
-    rows = re.findall(r"^(\d\.\d{4})  (.*)$", said, re.MULTILINE)
-    assert len(rows) == 4 and "with memory: 32 slots and a window of 16 to 32 tokens" in dict(map(reversed, rows))
-    assert "a window of 32 to 64 tokens, as many keys" in said and said.rstrip().endswith("its logits are the same.")
+    for name, text in TEXTS.items():
+        (texts / f"{name}.txt").write_text(text * 20, "utf-8")
+    tiny = "source --texts texts texts/a.txt --segment-length 8 --calibration-documents 1 --save-steps 2 --threads 1"
+    said = run("05_teach_a_memory.py", f"{tiny} --stages 500:2 600:2")
+    assert "parameters are trained" in said and "AutoModelForCausalLM.from_pretrained loads it" in said
+    log = json.loads((tmp_path / "reports/taught/training/checkpoint-4/trainer_state.json").read_text("utf-8"))
+    assert log["global_step"] == 4
+    source, taught = (LlamaForCausalLM, RMTForCausalLM)
+    base, model = source.from_pretrained(tmp_path / "source"), taught.from_pretrained(tmp_path / "reports/taught/model")
+    inside = torch.randint(280, (1, 16))
+    torch.testing.assert_close(model(inside).logits, base(inside).logits, rtol=0, atol=1e-4)
+    weights = (tmp_path / "reports/taught/model/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "reports/taught/model")
+    run("05_teach_a_memory.py", f"{tiny} --stages 500:2 600:2")  # from the last checkpoint, where nothing is left to do
+    assert (tmp_path / "reports/taught/model/model.safetensors").read_bytes() == weights
+    run("05_teach_a_memory.py", f"{tiny} --stages 500:1 --lora --output-dir adapted")
+    adapted = taught.from_pretrained(tmp_path / "adapted/model").state_dict()
+    assert not torch.equal(
+        adapted["model.layers.0.mlp.up_proj.weight"], model.state_dict()["model.layers.0.mlp.up_proj.weight"]
+    )
     assert "has no memory" in refused(run, "04_finetune.py", "--model source --texts texts/a.txt --use_cpu")
 
 

@@ -1,291 +1,270 @@
-"""How a converted model is judged: contenders, bits, recall, chats and costs by hand; lines, tables and plot."""
+"""How converted models are judged: contenders, bits, recall, chats and costs by hand; lines, tables and plot."""
 
+import itertools
 import json
+import random
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from experiments import retrofit
+from experiments import recall_rows, retrofit
 from experiments.baselines import state_bytes
-from experiments.code_rows import ask_all, code_stories
+from experiments.recall_rows import CHANGE, CHANGED, CODE, NEEDLE, NUM_CODES, recall_row
 from experiments.retrofit import (
-    EMPTIED,
+    EVICTED,
     FULL,
-    OURS,
-    PASSED_ON,
+    KINDS,
+    UNTRAINED,
     Evidence,
     Sizes,
+    Unit,
     chat_lines,
     contenders,
     cost_lines,
     main,
     measure,
-    recall,
-    recall_rows,
-    sliding_window,
+    recall_lines,
     text_lines,
-    tokens_of_equal_state,
     units,
     window_with_sink,
 )
-from experiments.retrofit_report import recovered, tables, write_retrofit_report
-from experiments.stories import read_background
-from helpers import FIELDS, WINDOW, S, make_source, tiny_ids
-from rmt_hf import RMTForCausalLM
+from experiments.retrofit_report import closed, tables, write_retrofit_report
+from helpers import WINDOW, S, make_source, tiny_ids
+from rmt_hf import facts
 from rmt_hf.conversion import add_memory
-from rmt_hf.data import IGNORED, train_tokenizer
-from rmt_hf.evaluation import token_bits
+from rmt_hf.data import train_tokenizer
 from rmt_hf.evaluation.ablation import empty_memories, stream_bits
+from rmt_hf.evaluation.bits import token_bits
 
 
-TEXT = "The sea was calm. A boat lay still? Nobody spoke! The evening came and went, and so did we. " * 60
+TEXT = "The sea was calm. A boat lay still? Nobody spoke! The evening came and went, and so did we. " * 400
+TEXTS = {kind: [TEXT[number:] for number in range(0, 60, 20)] for kind in KINDS}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+SIZES = Sizes(documents=2, document_tokens=1024, stream_tokens=256, windows=(2, 3), recall_tokens=64, prompts=3)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    made = train_tokenizer([TEXT, "secret code of 0123456789"], 300)
+    words = [*recall_rows.TOLD.values(), *recall_rows.ASKED.values(), CHANGE, *recall_rows.TOWNS, "0123456789"]
+    made = train_tokenizer([TEXT, " ".join(words)], 400)
     made.chat_template = TEMPLATE
     return made
 
 
 @pytest.fixture
-def evidence(tokenizer) -> Evidence:
-    source = make_source("llama", torch.float32, vocab_size=len(tokenizer))
-    model = add_memory(source, use_local_attention=False, **FIELDS)
-    return Evidence(model, source, tokenizer, Sizes(decode_at=40, prompts=3))
+def source(tokenizer):
+    return make_source("llama", torch.float32, vocab_size=len(tokenizer))
 
 
-def test_a_sliding_window_is_the_source_until_it_is_full():
-    source, ids = make_source("llama", torch.float32), tiny_ids(2, 2 * WINDOW)
-    window = sliding_window(source, WINDOW)
-    with torch.no_grad():
-        ours, theirs = window(ids).logits, source(ids).logits
-    torch.testing.assert_close(ours[:, :WINDOW], theirs[:, :WINDOW], rtol=0, atol=1e-4)
-    assert not torch.allclose(ours[:, WINDOW + 2 :], theirs[:, WINDOW + 2 :], rtol=0, atol=1e-2)
-    with pytest.raises(ValueError, match="tensors of Mistral"):
-        sliding_window(make_source("llama with biases"), WINDOW)
+@pytest.fixture
+def evidence(source, tokenizer) -> Evidence:
+    made = contenders(source, {}, S)
+    return Evidence(made, tokenizer, SIZES, WINDOW, torch.float32, lambda: TEXTS)
 
 
-def test_contenders_have_our_window_or_our_state(evidence):
-    model, source = evidence.model, evidence.source
-    equal, ours = tokens_of_equal_state(model), state_bytes(model, 1, WINDOW)
-    names = list(contenders(model, source))
-    assert names[:3] == [OURS, FULL, f"sliding window of {WINDOW}"]
-    assert names[3] == f"sliding window of {equal}, our state bytes"
-    theirs = state_bytes(sliding_window(source, equal + 1), 1, 4 * equal)  # a window sees itself: one less is kept
-    assert 0 <= theirs - ours < theirs / equal
-    one_segment = add_memory(source, use_local_attention=False, num_lookback_segments=0, **FIELDS)
-    assert list(contenders(one_segment, source))[4] == f"window of {S} and sink"
-    keys = WINDOW + model.config.num_memory_slots
-    assert names[5] == f"window of {keys} and sink, our keys"
-    with_sink = window_with_sink(source, equal // 3)
-    assert names[6].startswith(f"window of {with_sink.config.window_length} and sink")
-    assert abs(state_bytes(with_sink, 1, 4 * equal) - ours) <= 3 * theirs / equal
+def test_contenders_have_our_window_our_keys_or_our_bytes(source) -> None:
+    made = contenders(source, {}, S)
+    ours = made[UNTRAINED].make()
+    names, slots = list(made), ours.config.num_memory_slots
+    assert names[:3] == [FULL, f"window of {WINDOW} and sink", f"window of {WINDOW + slots} and sink, our keys"]
+    assert names[4:] == [*EVICTED.values(), UNTRAINED]
+    for name, length in ((names[1], WINDOW), (names[2], WINDOW + slots)):
+        window = made[name].make()
+        assert window.config.window_length == length and window.config.use_attention_sink
+    equal = made[names[3]].make()
+    per_segment = state_bytes(equal, 1, 1000) / (equal.config.window_length // 2 * 3)
+    assert abs(state_bytes(equal, 1, 1000) - state_bytes(ours, 1, 1000)) <= 4 * per_segment
 
 
-def test_a_window_with_sink_is_a_conversion_whose_memory_is_emptied(evidence):
-    ids = tiny_ids(2, 4 * WINDOW)
-    made = contenders(evidence.model, evidence.source)[f"window of {WINDOW} and sink"]()
-    assert made.config.use_attention_sink and not made.config.num_memory_slots
-    bits = stream_bits(evidence.model, ids, {"empty": empty_memories})
-    torch.testing.assert_close(token_bits(made, ids), bits["empty"], rtol=0, atol=1e-4)
+def test_a_window_with_sink_is_a_conversion_whose_memory_is_emptied(source) -> None:
+    model, ids = add_memory(source, segment_length=S), tiny_ids(2, 4 * WINDOW)
+    bits = stream_bits(model, ids, {"empty": empty_memories})
+    torch.testing.assert_close(token_bits(window_with_sink(source, S), ids), bits["empty"], rtol=0, atol=1e-4)
     assert not torch.allclose(bits["own"], bits["empty"], rtol=0, atol=1e-2)
 
 
-def test_text_lines_are_sums_of_bits_and_bytes(evidence):
-    ids, edges = tiny_ids(3, 40), [0, 16, 40]
-    (line,) = text_lines("text", FULL, evidence, ids, edges)
-    bits = token_bits(evidence.source, ids).double()
-    expected = torch.stack([bits[:, :15].sum(1), bits[:, 15:].sum(1)], 1)
-    torch.testing.assert_close(torch.tensor(line["bits"], dtype=torch.float64), expected, rtol=1e-6, atol=0)
-    tokens = [len(evidence.tokenizer.convert_ids_to_tokens([i])[0]) if i else 0 for i in ids[0, 16:].tolist()]
-    assert line["bytes"][0][1] == sum(tokens)
-    lines = {line["contender"]: line for line in text_lines("text", OURS, evidence, ids, edges)}
-    assert set(lines) == {OURS, EMPTIED, PASSED_ON}
-    within, beyond = zip(
-        *([[each[i] for each in line["bits"]] for i in (0, 1)] for line in lines.values()), strict=True
-    )
-    assert all(each == within[0] for each in within)  # memory counts for nothing, and then it does
-    assert len({tuple(each) for each in beyond}) == 3
-    alone = [line["contender"] for line in text_lines("stream", OURS, evidence, ids[:1], edges)]
-    assert alone == [OURS, EMPTIED]
+def test_text_lines_are_sums_of_bits_and_bytes(evidence, source) -> None:
+    (line,) = text_lines(source, evidence, "novels")
+    cut = evidence.tokenizer(TEXTS["code"][:2], add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([row[:256] for row in cut])
+    bits = token_bits(source, ids).double()
+    edges = line["edges"]
+    assert edges[:3] == [0, WINDOW, 2 * WINDOW] and edges[-1] == 256
+    expected = [bits[:, max(start, 1) - 1 : end - 1].sum(1) for start, end in itertools.pairwise(edges)]
+    torch.testing.assert_close(torch.tensor(line["bits"]).double(), torch.stack(expected, 1), rtol=1e-5, atol=0)
+    read = evidence.tokenizer.decode(ids[0, edges[-2] : edges[-1]])
+    assert line["bytes"][0][-1] == len(read.encode())
 
 
-def test_facts_stand_where_they_are_said_to_stand(tokenizer):
-    background = read_background(TEXT, tokenizer)
-    rows = recall_rows(background, 4, 2, 256, 3)
-    again = recall_rows(background, 4, 2, 256, 3)
-    assert [row.input_ids.tolist() for row in rows] == [row.input_ids.tolist() for row in again]
+def test_facts_stand_where_they_are_said_to_stand(tokenizer) -> None:
+    """None of their sentences is one that a memory is taught with."""
+    window = 512
+    for distance in (2, 4):
+        row = recall_row(TEXT, tokenizer, distance, window, random.Random(1))
+        again = recall_row(TEXT, tokenizer, distance, window, random.Random(1))
+        assert torch.equal(row.prose, again.prose)
+        text = tokenizer.decode(row.prose)
+        near = tokenizer.decode(row.prose[-(distance - 1) * window :])
+        far = tokenizer.decode(row.prose[-distance * window :])
+        assert [question.kind for question in row.questions] == [NEEDLE, CHANGED, *[CODE] * NUM_CODES]
+        for kind, question, answer in row.questions:
+            said = tokenizer.decode(answer).strip()
+            assert said in text and said in far and said not in near
+            assert tokenizer.decode(question).startswith("\n\nQuestion: ") and kind in recall_rows.TOLD
+        changed = tokenizer.decode(row.questions[1].answer).strip()
+        assert CHANGE.format(changed) in text
+        assert text.index("A ticket for the evening") < text.index("Everything is dearer")
+    forms = [*facts.TOLD, *facts.TOLD_AGAIN, *facts.ASKED]
+    words = {word for form in recall_rows.TOLD.values() for word in form.split() if len(word) > 6}
+    assert not any(word in form for word in words for form in forms)
+
+
+def test_an_answer_counts_as_one_forward_pass_says(evidence, source) -> None:
+    """Of a source that sees all, in one call; a right answer is one whose tokens are all the likeliest."""
+    (line,) = recall_lines(source, evidence, 2)
+    rng = random.Random(2)
+    rows = [recall_row("\n\n".join(TEXTS["plays"]), evidence.tokenizer, 2, WINDOW, rng) for _ in range(4)]
+    found = {kind: iter(row for answers in line["answers"][kind] for row in answers) for kind in line["answers"]}
     for row in rows:
-        ids = row.input_ids[0].tolist()
-        told = tokenizer.decode(ids).partition("\nQuestion: ")[0]
-        first = len(tokenizer.encode(told, add_special_tokens=False))
-        assert len(row.answers) == 4 and tokenizer.decode(ids).count("Answer: ") == 5
-        assert "secret code of" in tokenizer.decode(ids[first - 512 : first - 256])
-        assert not any(
-            "secret code of" in tokenizer.decode(part) for part in (ids[: first - 514], ids[first - 254 : first])
-        )
-        for positions in row.answers:
-            code = tokenizer.decode([ids[position] for position in positions]).strip()
-            assert len(code) == 4 and code in told
+        for kind, question, answer in row.questions:
+            ids = torch.cat([row.prose, question, answer])[None]
+            with torch.no_grad():
+                logits = source(ids).logits[0, -len(answer) - 1 : -1]
+            logs = logits.log_softmax(-1).gather(1, answer[:, None]).mean().item()
+            right, log = next(found[kind])
+            assert log == pytest.approx(logs, abs=1e-4) and right == logits.argmax(-1).equal(answer)
+    assert all(next(rest, None) is None for rest in found.values())
 
 
-def test_recall_is_what_the_likeliest_tokens_say(evidence, tokenizer):
-    background = read_background(TEXT, tokenizer)
-    (row,) = recall_rows(background, 4, 2, 128, 1)
-    model, wanted = evidence.source, row.input_ids[0]
-    with torch.no_grad():
-        said = model(row.input_ids).logits[0].argmax(-1)
-    expected = [all(said[position - 1] == wanted[position] for position in positions) for positions in row.answers]
-    assert recall(model, row, call_length=50) == [expected]
+def test_a_model_that_knows_is_right_and_an_emptied_memory_is_another(evidence) -> None:
+    model = evidence.contenders[UNTRAINED].make()
+    own, emptied = recall_lines(model, evidence, 3)
+    assert (own["memory"], emptied["memory"]) == ("own", "emptied")
+    assert own["answers"] != emptied["answers"]
 
     class Knows(type(model)):
-        """Says what comes next, but for one token."""
+        """Says what comes next."""
 
         def forward(self, input_ids=None, **kwargs):
             outputs = super().forward(input_ids=input_ids, **kwargs)
-            end = outputs.past_key_values.get_seq_length()
-            known = row.input_ids[0, end - input_ids.shape[1] + 1 : end + 1].clone()
-            wrong = row.answers[2][1] - (end - input_ids.shape[1] + 1)
-            if 0 <= wrong < len(known):
-                known[wrong] += 1
-            logits = torch.nn.functional.one_hot(known, self.config.vocab_size).float()[None]
-            outputs.logits = logits[:, -kwargs["logits_to_keep"] :]
+            keep = kwargs["logits_to_keep"]
+            known = torch.cat([input_ids[0, 1:], input_ids[0, :1]])[-keep:]
+            if keep > 1:
+                known[-1] = self.last
+            outputs.logits = torch.nn.functional.one_hot(known, self.config.vocab_size).float()[None]
             return outputs
 
     model.__class__ = Knows
-    assert recall(model, row, call_length=50) == [[True, True, False, True]]
+    model.last = 5
+    own, _ = recall_lines(model, evidence, 2)
+    rng = random.Random(2)
+    rows = [recall_row("\n\n".join(TEXTS["plays"]), evidence.tokenizer, 2, WINDOW, rng) for _ in range(4)]
+    expected = [[bool(question.answer[-1] == 5) for question in row.questions if question.kind == CODE] for row in rows]
+    assert [[right for right, _ in row] for row in own["answers"][CODE]] == expected
 
 
-def test_an_emptied_memory_is_emptied_before_the_question(evidence, tokenizer):
-    (row,) = recall_rows(read_background(TEXT, tokenizer), 1, 2, 128, 1)
-    found = []
-
-    def ablation(state) -> None:
-        empty_memories(state)
-        found.append(state.positions[0])
-
-    hits = recall(evidence.model, row, [None, ablation, None])
-    assert found == [row.answers[0][0] - 32] and hits[0] == hits[2]
-
-
-def test_questions_are_answered_in_their_row(tokenizer):
-    import random
-
-    rng = random.Random(0)
-    row = ask_all(code_stories(3, rng), read_background(TEXT, tokenizer), 500, (100, 200), rng)
-    assert len(row["input_ids"]) == len(row["labels"]) == 500
-    assert all(label in (IGNORED, token) for token, label in zip(row["input_ids"], row["labels"], strict=True))
-
-
-def test_a_new_conversion_answers_as_its_source(evidence, monkeypatch):
+def test_a_new_conversion_answers_as_its_source(evidence, monkeypatch) -> None:
     monkeypatch.setattr(retrofit, "chat_openings", lambda count: ["calm"] * count)
     monkeypatch.setattr(retrofit, "ANSWER_TOKENS", 6)
-    (line,) = chat_lines(OURS, evidence)
-    assert line["same"] == [True] * 3
+    model = evidence.contenders[UNTRAINED].make()
+    (line,) = chat_lines(model, evidence, None)
+    assert len(line["alike"]) == 3 and all(alike == length > 0 for alike, length in line["alike"])
     with torch.no_grad():
-        evidence.model.lm_head.weight.data = evidence.model.lm_head.weight.data.roll(1, 0)
-    (line,) = chat_lines(OURS, evidence)
-    assert line["same"] == [False] * 3
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.roll(1, 0))
+    (line,) = chat_lines(model, evidence, None)
+    assert all(alike == 0 < length for alike, length in line["alike"])
 
 
-def test_costs_are_of_the_position(evidence):
-    lines = {name: next(cost_lines(name, evidence)) for name in (OURS, FULL)}
-    assert all(line["ms"] > 0 and line["position"] == 40 for line in lines.values())
-    assert lines[OURS]["state_bytes"] == state_bytes(evidence.model, 1, 40)
-    assert lines[FULL]["state_bytes"] == 40 * state_bytes(evidence.source, 1, 1)
+def test_costs_are_of_the_position(evidence) -> None:
+    for name in (UNTRAINED, FULL):
+        model = evidence.contenders[name].make()
+        (line,) = cost_lines(model, evidence, 40)
+        assert line["ms"] > 0 and line["prompt_seconds"] > 0
+        assert line["state_bytes"] == state_bytes(model, 1, 40)
 
 
-def test_what_is_measured_once_is_not_measured_again(evidence, tmp_path, monkeypatch, tokenizer):
-    """The command line on folders: text and recall of two contenders, then only what is missing."""
-    monkeypatch.setattr(retrofit, "shakespeare", lambda count=None: (None, {"text": [TEXT, TEXT[40:]]}))
-    monkeypatch.setattr(retrofit, "tokenize", lambda rows, by: by(rows["text"]))
-    longer = {"segment_length": 64, "chunk_length": 8, "num_memory_slots": 16}  # a window that holds the facts
-    model = add_memory(evidence.source, num_slots_per_chunk=1, **longer)
-    for name, part in (("source", evidence.source), ("model", model)):
+def test_units_are_what_a_table_asks_for(evidence) -> None:
+    names = {table: {unit.contender for unit in units(evidence, [table])} for table in retrofit.TABLES}
+    assert names["text"] == names["recall"] == set(evidence.contenders)
+    assert names["ablation"] == {UNTRAINED} and names["chat"] == set() and names["cost"] == {UNTRAINED, FULL}
+    assert not {FULL, *EVICTED.values()} & names["stream"]
+    assert {unit.part for unit in units(evidence, ["recall"])} == {2, 3}
+    assert Unit("cost", FULL, 65_536) not in units(evidence, ["cost"])
+
+
+def test_what_is_measured_once_is_not_measured_again(source, tokenizer, tmp_path, monkeypatch) -> None:
+    """The command line on folders: two tables of two contenders, then only what is missing."""
+    monkeypatch.setattr(retrofit, "held_out_documents", lambda root: TEXTS)
+    calibrated = add_memory(source, segment_length=S, num_lasting_slots=S)
+    for name, part in (("source", source), ("calibrated", calibrated)):
         part.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    sizes = ["--documents", "2", "--document-tokens", "200", "--windows", "4", "8", "--recall-rows", "2"]
-    command = [str(tmp_path / "source"), str(tmp_path / "model"), "--output-dir", str(tmp_path / "out"), *sizes]
-    main([*command, "--tables", "text", "--contenders", "full"])
-    main([*command, "--tables", "text", "recall", "--contenders", "full", "ours"])
-    lines = [json.loads(line) for line in (tmp_path / "out/lines.jsonl").read_text("utf-8").splitlines()]
-    found = [(line["table"], line["contender"]) for line in lines]
-    assert found == [
-        *[("text", FULL), ("text", OURS), ("text", EMPTIED), ("text", PASSED_ON)],
-        *[("recall", name) for name in (OURS, EMPTIED, OURS, EMPTIED, FULL, FULL)],
-    ]
-    assert all(line["settings"]["dtype"] == "float32" for line in lines)
+    command = [str(tmp_path / "source"), f"fitted={tmp_path / 'calibrated'}", "--output-dir", str(tmp_path / "out")]
+    command += ["--segment-length", str(S), "--documents", "2", "--document-tokens", "256", "--windows", "2"]
+    command += ["--recall-tokens", "64", "--kinds", "plays", "chats"]
+    main([*command, "--tables", "text", "--contenders", "full", "window of 16"])
+    file = tmp_path / "out/lines.jsonl"
+    first = file.read_text("utf-8")
+    main([*command, "--tables", "text", "recall", "ablation"])
+    assert file.read_text("utf-8").startswith(first)
+    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    found = {(line["table"], line["contender"], line["part"]) for line in lines}
+    assert {("text", "fitted", "chats"), ("recall", "fitted", 2), ("ablation", "fitted", None)} <= found
+    assert [line["settings"]["weights"] != "" for line in lines] == [line["contender"] == "fitted" for line in lines]
     text = (tmp_path / "out/tables.md").read_text("utf-8")
-    assert "| ours | " in text and "key/value: windows back | 4 | 8 |" in text
+    assert "Plays, by position" in text and "of another document" in text
+    assert "| fitted, memory emptied |" in text and "needle: windows back | 2 |" in text
     assert (tmp_path / "out/retrofit.png").stat().st_size > 10_000
-
-    # Another model, or more of a text, is measured anew, and is what the table shows.
-    add_memory(evidence.source, num_slots_per_chunk=2, **longer).save_pretrained(tmp_path / "model")
-    for more in (["--contenders", "ours"], ["--contenders", "ours", "full", "--document-tokens", "150"]):
-        main([*command, "--tables", "text", *more])
-    again = [json.loads(line) for line in (tmp_path / "out/lines.jsonl").read_text("utf-8").splitlines()]
-    assert again[: len(lines)] == lines
-    found = [(line["contender"], line["edges"][-1]) for line in again[len(lines) :]]
-    assert found == [(name, 200) for name in (OURS, EMPTIED, PASSED_ON)] + [
-        (name, 150) for name in (OURS, EMPTIED, PASSED_ON, FULL)
-    ]
-    assert "| 128–150 |" in (tmp_path / "out/tables.md").read_text("utf-8")
+    monkeypatch.setattr(retrofit, "TABLES", dict.fromkeys(retrofit.TABLES))  # nothing is measured again
+    main([*command, "--tables", "text", "recall", "ablation"])
+    assert (tmp_path / "out/tables.md").read_text("utf-8") == text
 
 
 def test_a_cut_leaves_all_or_none_of_a_unit(evidence, tmp_path, monkeypatch) -> None:
-    file, ids = tmp_path / "lines.jsonl", tiny_ids(2, 40)
+    file = tmp_path / "lines.jsonl"
 
-    def lines(name: str, evidence: Evidence):
-        yield from text_lines("text", name, evidence, ids, [0, 16, 40])
-        if name == FULL:
+    def lines(model, evidence: Evidence, part: str):
+        yield from text_lines(model, evidence, part)
+        if part == "novels":
             raise KeyboardInterrupt
 
     monkeypatch.setitem(retrofit.TABLES, "text", lines)
-    chosen = units(evidence, ["text"])[:2]
+    chosen = [Unit("text", FULL, "plays"), Unit("text", FULL, "novels")]
     with pytest.raises(KeyboardInterrupt):
         measure(evidence, file, chosen)
-    found = [json.loads(line)["contender"] for line in file.read_text("utf-8").splitlines()]
-    assert found == [OURS, EMPTIED, PASSED_ON] and list(tmp_path.iterdir()) == [file]
+    (found,) = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    assert found["part"] == "plays" and list(tmp_path.iterdir()) == [file]
 
 
-def test_units_are_what_a_table_asks_for(evidence):
-    names = {table: [unit.contender for unit in units(evidence, [table])] for table in retrofit.TABLES}
-    assert names["chat"] == [OURS] and names["cost"] == [OURS, FULL]
-    assert FULL not in names["stream"] and set(names["stream"]) | {FULL} == set(names["text"]) == set(names["recall"])
-    distances = [unit.distance for unit in units(evidence, ["recall"]) if unit.contender == OURS]
-    assert distances == [2, 4, 8, 16, 32]
-
-
-def test_the_share_of_the_gap_is_what_it_is(tmp_path):
+def test_the_share_of_the_gap_is_what_it_is(tmp_path) -> None:
     def line(name: str, bits: float) -> dict:
         parts = {"edges": [0, 16, 32], "bits": [[9.0, bits], [9.0, bits]], "bytes": [[10.0, 10.0], [10.0, 10.0]]}
-        return {"table": "text", "contender": name, "environment": {"commit": "x"}, "settings": {"dtype": "y"}, **parts}
+        fixed = {"table": "text", "part": "plays", "environment": {"commit": "x"}, "settings": {"dtype": "y"}}
+        return {"contender": name, **fixed, **parts}
 
-    lines = [line(OURS, 25.0), line(FULL, 20.0), line("a window", 40.0)]
-    assert "a window 0.75 of 2.0000" in recovered({each["contender"]: each for each in lines})
+    lines = [line(FULL, 20.0), line("window of 16 and sink", 40.0), line(UNTRAINED, 25.0)]
+    assert closed({each["contender"]: each for each in lines}, UNTRAINED) == "0.75"
     text = tables(lines)
-    assert "a window 1.5000 ± 0.0000" in text and "full attention -0.5000 ± 0.0000" in text
+    assert "| untrained | 2.5000 ± 0.0000 (0.75) |" in text and "full attention -0.5000 ± 0.0000" in text
     write_retrofit_report(tmp_path / "none.jsonl", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_models_are_read_in_the_dtype_that_is_asked_for(evidence, tmp_path, monkeypatch, tokenizer, dtype) -> None:
-    assert isinstance(evidence.model, RMTForCausalLM) and evidence.window == 2 * S
+def test_models_are_read_in_the_dtype_that_is_asked_for(source, tokenizer, tmp_path, monkeypatch, dtype) -> None:
     found = []
 
-    def lines(name: str, evidence: Evidence):
-        found.append((evidence.model.dtype, evidence.source.dtype))
-        yield {"table": "cost", "contender": name, "position": 1, "ms": 1.0, "state_bytes": 1}
+    def lines(model, evidence: Evidence, part: int):
+        found.append((model.dtype, evidence.dtype))
+        yield {"prompt_seconds": 1.0, "ms": 1.0, "state_bytes": 1}
 
     monkeypatch.setitem(retrofit.TABLES, "cost", lines)
-    for name, part in (("source", evidence.source), ("model", evidence.model)):
-        part.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-    folders = [str(tmp_path / "source"), str(tmp_path / "model"), "--output-dir", str(tmp_path / "out")]
-    main([*folders, "--tables", "cost", "--dtype", dtype])
+    for part in (source, tokenizer):
+        part.save_pretrained(tmp_path / "source")
+    assert AutoTokenizer.from_pretrained(tmp_path / "source")
+    where = [str(tmp_path / "source"), "--output-dir", str(tmp_path / "out"), "--segment-length", str(S)]
+    main([*where, "--tables", "cost", "--positions", "40", "--dtype", dtype])
     assert found == [(getattr(torch, dtype),) * 2] * 2
     line = json.loads((tmp_path / "out/lines.jsonl").read_text("utf-8").splitlines()[0])
     assert line["settings"]["dtype"] == dtype

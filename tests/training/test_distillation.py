@@ -1,8 +1,6 @@
 """A converted model learns from its source: the loss by hand, what is trained, what the rows hold, how it is judged."""
 
 import copy
-import random
-import re
 
 import pytest
 import torch
@@ -10,18 +8,16 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import default_data_collator
 
-from experiments.code_rows import TOKENS_PER_FACT, code_stories, rows_of
-from experiments.stories import read_background
 from helpers import LOCAL, WINDOW, make_source, tiny_ids
 from rmt_hf.adapters import memory_lora_config
 from rmt_hf.conversion import add_memory, freeze_base, memory_parameters
-from rmt_hf.data import IGNORED, tokenize, train_tokenizer
+from rmt_hf.data import IGNORED
 from rmt_hf.training import RMTTrainingArguments
 from rmt_hf.training.distillation import DistillationTrainer, divergence, parameter_groups
 
 
 FIELDS = {**LOCAL, "num_lasting_slots": 8}  # everything that can be trained
-TEXT = "The sea was calm. A boat lay still? Nobody spoke! The evening came and went, and so did we. " * 60
+SCALARS = ("fusion.scale", "gate_scale", "gate_bias", "fade")
 
 
 def make_trainer(
@@ -74,11 +70,14 @@ def test_labels_add_their_cross_entropy(tmp_path):
     alone = trainer.compute_loss(trainer.model, {"input_ids": ids, "labels": torch.full_like(ids, IGNORED)})
     with_labels, outputs = trainer.compute_loss(trainer.model, {"input_ids": ids, "labels": labels}, True)
     chances = outputs.logits[0, -3:-1].double().softmax(-1)[[0, 1], ids[0, -2:]]
-    assert (with_labels - alone).item() == pytest.approx(-chances.log().mean().item(), rel=1e-4)
+    errors = -chances.log().sum().item()
+    assert (with_labels - alone).item() == pytest.approx(errors / 40, rel=1e-4)  # in proportion
+    trainer.label_weight = 5.0
+    weighted = trainer.compute_loss(trainer.model, {"input_ids": ids, "labels": labels})
+    assert (weighted - alone).item() == pytest.approx(5 * errors / 40, rel=1e-4)
     trainer.teacher = None
-    assert trainer.compute_loss(trainer.model, {"input_ids": ids, "labels": labels}).item() == pytest.approx(
-        (with_labels - alone).item(), rel=1e-4
-    )
+    own = trainer.compute_loss(trainer.model, {"input_ids": ids, "labels": labels}).item()
+    assert own == pytest.approx(errors / 2, rel=1e-4)  # a mean
 
 
 def test_training_comes_nearer_to_the_teacher_and_touches_memory_alone(tmp_path):
@@ -110,7 +109,7 @@ def test_accumulated_steps_are_the_mean_of_their_rows(tmp_path):
     before = [parameter.detach().clone() for parameter in parameters]
     trainer.train()
     for name, old, new, gradient in zip(names, before, parameters, wanted, strict=True):
-        rate = 0.2 if name.endswith("fusion.scale") else 0.02
+        rate = 0.2 if name.endswith(SCALARS) else 0.02
         step = torch.zeros_like(old) if gradient is None else rate * gradient
         torch.testing.assert_close(old - new.detach(), step, rtol=1e-3, atol=1e-7)
 
@@ -123,56 +122,23 @@ def test_every_trained_parameter_is_in_one_group(is_adapted):
     model = get_peft_model(model, memory_lora_config(model.config)) if is_adapted else model
     scales, others = parameter_groups(model, 1e-3, 5.0)
     assert (scales["lr"], others["lr"]) == (5e-3, 1e-3)
-    assert len(scales["params"]) == model.config.num_hidden_layers
-    (only,) = parameter_groups(add_memory(make_source("llama"), segment_length=8), 1e-3)
+    # The share of the local path; scale and bias of two rings; the fade of the present one.
+    assert len(scales["params"]) == 6 * model.config.num_hidden_layers
+    (only,) = parameter_groups(add_memory(make_source("llama"), num_memory_slots=0, segment_length=8), 1e-3)
     assert only["lr"] == 1e-3 and only["params"]
     trained = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(id(parameter) for group in (scales, others) for parameter in group["params"]) == sorted(trained)
-
-
-@pytest.fixture(scope="module")
-def texts():
-    tokenizer = train_tokenizer([TEXT, "secret code of 0123456789"], 300)
-    return tokenizer, tokenize(Dataset.from_list([{"text": TEXT}]), tokenizer), read_background(TEXT, tokenizer)
-
-
-def test_rows_follow_the_stages_and_hold_what_is_asked(texts):
-    tokenizer, documents, background = texts
-    rows = rows_of(documents, background, [(400, 6), (800, 4)], recall_share=0.5, seed=3)
-    assert [len(ids) for ids in rows["input_ids"]] == [400] * 6 + [800] * 4
-    again = rows_of(documents, background, [(400, 6), (800, 4)], recall_share=0.5, seed=3)
-    assert again["input_ids"] == rows["input_ids"] != rows_of(documents, background, [(400, 10)], seed=4)["input_ids"]
-    asked = 0
-    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
-        codes = tokenizer.decode([label for label in labels if label != IGNORED]).split()
-        if codes:
-            asked += 1
-            told, _, questions = tokenizer.decode(ids).partition("\nQuestion: ")
-            towns = re.findall(r"secret code of (\w+)\?", questions)
-            assert len(set(towns)) == len(towns) == len(codes) == len(ids) // TOKENS_PER_FACT
-            for town, code in zip(towns, codes, strict=True):
-                assert f"The secret code of {town} is {code}." in told[: -len(ids) // 8]
-                assert f"secret code of {town}?\nAnswer: {code}" in questions
-    assert 0 < asked < 10
-    (plain,) = rows_of(documents, background, [(400, 1)], recall_share=0.0, label_text=True)["labels"]
-    assert IGNORED not in plain
-
-
-def test_a_story_has_one_code_for_each_town():
-    stories = code_stories(4, random.Random(0))
-    towns = [fact.split()[4] for fact in stories[0].facts]
-    assert len(set(towns)) == 4
-    assert sorted(story.question.split()[-1].rstrip("?") for story in stories) == sorted(towns)
-    for story in stories:
-        assert story.facts == stories[0].facts
-        (fact,) = (fact for fact in story.facts if story.question.split()[-1].rstrip("?") in fact)
-        assert fact.endswith(f"is {story.answer}.")
 
 
 @pytest.mark.parametrize("settings", [{"stream_length": 16}, {"checkpoint_segments": 1}])
 def test_rows_are_read_whole(tmp_path, settings):
     with pytest.raises(ValueError, match="a teacher reads whole rows"):
         make_trainer(tmp_path, [make_row(16)], **settings)
+
+
+def test_a_weight_is_not_negative():
+    with pytest.raises(ValueError, match="label_weight must be at least 0, got -1"):
+        DistillationTrainer(label_weight=-1)
 
 
 def test_vocabularies_must_agree(tmp_path):

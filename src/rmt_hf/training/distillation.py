@@ -22,22 +22,29 @@ SLICE_LENGTH = 512  # tokens whose probabilities over the vocabulary are compare
 class DistillationTrainer(RMTTrainer):
     """`RMTTrainer` for plain rows that pulls the student's predictions to the teacher's.
 
-    The loss is the Kullback-Leibler divergence from teacher to student, nats, mean over all tokens, plus the cross
-    entropy of labels, mean over those that are not -100. Without a teacher it is the cross entropy alone. A converted
-    model begins with a divergence of 0 inside its window.
+    The loss is the Kullback-Leibler divergence from teacher to student, nats, mean over all tokens, plus
+    `label_weight` times the cross entropy of labels that are not -100, in proportion: their sum by the number of all
+    tokens. Without a teacher it is the mean cross entropy of labels. A converted model begins with a divergence of 0
+    inside its window.
 
     Args:
         teacher: Sees whole rows, and has the vocabulary of the student; None to learn labels alone.
+        label_weight: What a label counts, of what a token counts; at least 0.
         args, kwargs: As `Trainer` takes them.
 
     Raises:
-        ValueError: If the vocabularies differ, or rows are to be read as streams or in groups.
+        ValueError: If the vocabularies differ, the weight is negative, or rows are to be read as streams or in groups.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", at temperature 1.
     """
 
-    def __init__(self, *args: Any, teacher: PreTrainedModel | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, teacher: PreTrainedModel | None = None, label_weight: float = 1.0, **kwargs: Any
+    ) -> None:
+        if not label_weight >= 0:
+            raise ValueError(f"label_weight must be at least 0, got {label_weight}.")
         super().__init__(*args, **kwargs)
+        self.label_weight = label_weight
         self.model_accepts_loss_kwargs = False  # a mean over the row: the Trainer divides by the accumulation steps
         for name in ("stream_length", "checkpoint_segments"):
             if getattr(self.args, name) is not None:
@@ -67,7 +74,10 @@ class DistillationTrainer(RMTTrainer):
                 wanted = self.teacher(**inputs, use_cache=False).logits
             loss = divergence(outputs.logits, wanted)
         if labels is not None and (labels[:, 1:] != IGNORED).any():
-            loss = loss + F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            wanted = labels[:, 1:].flatten()
+            errors = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), wanted, reduction="sum")
+            share = 1 / (wanted != IGNORED).sum() if self.teacher is None else self.label_weight / labels.numel()
+            loss = loss + errors * share
         return (loss, outputs) if return_outputs else loss
 
 
@@ -86,20 +96,22 @@ def divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 
 
 def parameter_groups(model: nn.Module, learning_rate: float, scale_factor: float = 10.0) -> list[dict[str, Any]]:
-    """Parameter groups of an optimizer, with a higher learning rate for the share of a local path.
+    """Parameter groups of an optimizer, with a higher learning rate for what is one number for each head.
 
-    A share begins at 0 and has to reach about 1, while a weight stays near its beginning.
+    The share of a local path begins at 0 and has to reach about 1, and a gate or fade has to move as far, while a
+    weight stays near its beginning.
 
     Args:
         model: For example after `freeze_base`.
         learning_rate: Of all other parameters.
-        scale_factor: By how much the learning rate of `fusion.scale` is larger.
+        scale_factor: By how much the learning rate of shares, gate scales, gate biases and fades is larger.
 
     Returns:
         One or two groups, with `params` and `lr`.
     """
     # An adapter that holds fusion whole puts names of its own between the two.
-    scales = [item for item in memory_parameters(model).items() if re.search(r"fusion\..*\bscale$", item[0])]
+    pattern = r"fusion\..*\bscale$|\b(gate_scale|gate_bias|fade)$"
+    scales = [(name, parameter) for name, parameter in memory_parameters(model).items() if re.search(pattern, name)]
     names = {name for name, _ in scales}
     others = [item for item in model.named_parameters() if item[1].requires_grad and item[0] not in names]
     rates = (scale_factor * learning_rate, learning_rate)

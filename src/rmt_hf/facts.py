@@ -1,0 +1,190 @@
+"""Documents of prose in which facts are told, and asked for at the end: what a memory is calibrated and taught with."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .data import IGNORED
+
+
+NUM_FACTS = 8  # of a document, or as many as fit in half of it
+CHARACTERS_PER_TOKEN = 8  # at most, of the slices of text that are cut into tokens
+FACT_SHARE = 0.3  # of rows to teach with, in which facts are asked for
+CHANGED_SHARE = 0.2  # of facts that are told twice, with another value the second time, which counts
+
+KINDS = (
+    *("phone number", "locker number", "password", "room number", "ticket number", "pin", "account number"),
+    *("order number", "address", "birthday", "nickname", "favourite colour", "price", "licence plate"),
+)
+OWNERS = (
+    *("Alice", "Robert", "the captain", "Maria", "Kenji", "the hotel", "Lima", "the museum", "Doctor Hall", "Bergen"),
+    *("my brother", "the library", "Fatima", "the old ship", "Mr. Novak", "the school"),
+)
+WORDS = (
+    *("amber", "otter", "velvet", "harbour", "seven", "maple", "copper", "Thursday", "raven", "lantern", "willow"),
+    *("April", "violet", "granite", "falcon", "orchard"),
+)
+TOLD = (
+    "The {kind} of {owner} is {value}.",
+    "Note: {owner} has the {kind} {value}.",
+    "Remember that {value} is the {kind} of {owner}.",
+    "For {owner}, they wrote down {value} as the {kind}.",
+    '"And the {kind}?" - "{value}, if you mean {owner}."',
+    "{owner} ({kind}: {value}) was mentioned as well.",
+    "Nobody but {owner} knew it: the {kind} had been changed to {value}.",
+    "When they asked {owner} for the {kind}, the answer was {value}.",
+    "{value} stood on the slip of paper, which was the {kind} of {owner}.",
+    "As for {owner}, whose {kind} was {value}, nothing more was said.",
+    "You will be asked for {value} there; that is the {kind} of {owner}.",
+    "Write this down. {owner}, {kind}: {value}.",
+)
+TOLD_AGAIN = (
+    "The {kind} of {owner} is now {value}.",
+    "{owner} has a new {kind}: {value}.",
+    "From here on, {value} is the {kind} of {owner}.",
+)
+ASKED = (
+    "Question: What is the {kind} of {owner}?\nAnswer: The {kind} of {owner} is",
+    "Question: What is the {kind} of {owner}?\nAnswer:",
+    "Q: Which {kind} belongs to {owner}?\nA:",
+    "As was said before, the {kind} of {owner} is",
+    "Tell me the {kind} of {owner}.\nIt is",
+    "For {owner}, the {kind} that was told above is",
+)
+
+
+class _Fact(NamedTuple):
+    """What is told, in this order, how it is asked for, and the answer."""
+
+    told: list[str]
+    asked: str
+    answer: str
+
+
+class FactDocument(NamedTuple):
+    """A document (T,) int64, and labels (T,): the tokens of the answers, -100 elsewhere."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+
+
+def fact_documents(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: int = 0,
+    told_until: int | None = None,
+) -> list[FactDocument]:
+    """Documents of prose in which facts are told, and asked for at their end.
+
+    Args:
+        texts: Prose, any number of texts of any length.
+        tokenizer: Of the model that is to read them.
+        length: T, tokens of a document.
+        count: How many.
+        seed: Of what is drawn.
+        told_until: Facts are told before this token; None for anywhere before the questions.
+
+    Raises:
+        ValueError: If the texts have fewer tokens than a document, or a document has no room for a fact.
+    """
+    rng, prose = random.Random(seed), "\n\n".join(texts)
+    return [_document(prose, tokenizer, length, told_until, rng) for _ in range(count)]
+
+
+def teaching_rows(
+    groups: Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    stages: Sequence[tuple[int, int]],
+    fact_share: float = FACT_SHARE,
+    seed: int = 0,
+) -> Iterator[dict[str, list[int]]]:
+    """Rows to teach a memory with, in their order: slices of texts, and documents that tell facts and ask for them.
+
+    Args:
+        groups: Texts of several kinds; each kind is drawn equally often, and of it each text.
+        tokenizer: Of the model.
+        stages: (tokens of a row, number of rows), one after the other.
+        fact_share: Of rows, in which facts are told and asked for.
+        seed: Of what is drawn.
+
+    Yields:
+        `input_ids` and `labels`, (T,) each; labels are the tokens of answers, -100 elsewhere.
+
+    Raises:
+        ValueError: If no text of a group has `CHARACTERS_PER_TOKEN` characters for each token of a row.
+    """
+    rng = random.Random(seed)
+    for length, count in stages:
+        size = CHARACTERS_PER_TOKEN * length
+        long = [[text for text in group if len(text) >= size] for group in groups]
+        if not all(long):
+            raise ValueError(f"Each group must have a text of {size:,} characters for rows of {length} tokens.")
+        for _ in range(count):
+            group = rng.choice(long)
+            if rng.random() < fact_share:
+                document = fact_documents(group, tokenizer, length, 1, rng.randrange(2**32))[0]
+                yield {"input_ids": document.input_ids.tolist(), "labels": document.labels.tolist()}
+                continue
+            text = rng.choice(group)
+            start = rng.randrange(len(text) - size + 1)
+            ids = tokenizer(text[start : start + size], add_special_tokens=False, verbose=False)["input_ids"][:length]
+            yield {"input_ids": ids, "labels": [IGNORED] * length}
+
+
+def _document(
+    prose: str, tokenizer: PreTrainedTokenizerBase, length: int, told_until: int | None, rng: random.Random
+) -> FactDocument:
+    def encode(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    told, asked, left = [], [], length
+    for owner in rng.sample(OWNERS, NUM_FACTS):
+        fact = _fact(owner, rng)
+        sentences = [encode(f"\n\n{sentence}\n\n") for sentence in fact.told]
+        question = encode(f"\n\n{fact.asked}"), encode(f" {fact.answer}")
+        size = sum(map(len, (*sentences, *question)))
+        if left - size < length / 2:
+            break
+        told.append(sentences)
+        asked.append(question)
+        left -= size
+    if not told:
+        raise ValueError(f"length must be at least twice the {size} tokens of a fact and its question, got {length}.")
+    rng.shuffle(asked)
+    start = rng.randrange(max(1, len(prose) - CHARACTERS_PER_TOKEN * left + 1))
+    ids = encode(prose[start : start + CHARACTERS_PER_TOKEN * left])[:left]
+    if len(ids) < left:
+        raise ValueError(f"texts must have at least {left} tokens in all, got {len(ids)}: give more.")
+    room = max(1, min(left, told_until or left))
+    places = [(place, part) for parts in told for place, part in zip(_drawn(room, len(parts), rng), parts, strict=True)]
+    for place, part in reversed(sorted(places, key=lambda pair: pair[0])):
+        ids[place:place] = part
+    labels = [IGNORED] * len(ids)
+    for question, answer in asked:
+        ids, labels = ids + question + answer, labels + [IGNORED] * len(question) + answer
+    return FactDocument(torch.tensor(ids), torch.tensor(labels))
+
+
+def _drawn(room: int, count: int, rng: random.Random) -> list[int]:
+    """So many places in order."""
+    return sorted(rng.randrange(room) for _ in range(count))
+
+
+def _fact(owner: str, rng: random.Random) -> _Fact:
+    """A fact about an owner: digits, or now and then words; now and then told twice."""
+    kind, again = rng.choice(KINDS), rng.random() < CHANGED_SHARE
+    values = [_value(rng) for _ in range(1 + again)]
+    sentences = [rng.choice(TOLD), rng.choice(TOLD_AGAIN)][: len(values)]
+    told = [form.format(kind=kind, owner=owner, value=value) for form, value in zip(sentences, values, strict=True)]
+    return _Fact(told, rng.choice(ASKED).format(kind=kind, owner=owner), values[-1])
+
+
+def _value(rng: random.Random) -> str:
+    if rng.random() < 0.3:
+        return " ".join(rng.sample(WORDS, rng.randint(1, 2)))
+    return str(rng.randrange(10 ** rng.randint(2, 6)))

@@ -2,7 +2,7 @@
 
 Every length and dtype is read in a process of its own, whose peak memory is reported; states at the same position are
 then compared with float64. Tokens are decoded from both ends, in turns, to see that the last costs what the first cost.
-Run `make demo` first: it trains the model.
+Run `train_on_a_book` first: it trains the model.
 """
 
 import argparse

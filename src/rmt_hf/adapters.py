@@ -1,4 +1,4 @@
-"""PEFT configurations for RMT models: LoRA for projections, and whole copies of memory and fusion."""
+"""PEFT configurations for RMT models: LoRA for projections, and whole copies of memory, fusion and sink."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def memory_lora_config(config: RMTConfig, memory_only: bool = False, **fields: Any) -> "LoraConfig":
-    """LoRA on the projections of a model; memory and fusion are trained whole and saved with the adapter.
+    """LoRA on the projections of a model; memory, fusion and sink are trained whole and saved with the adapter.
 
     Args:
         config: Of the model.
-        memory_only: Whether to train memory and fusion alone, without projections.
+        memory_only: Whether to train memory, fusion and sink alone, without projections.
         fields: Of `peft.LoraConfig`; `task_type` is `"CAUSAL_LM"` unless it is given.
 
     Raises:

@@ -213,7 +213,7 @@ def memory_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def freeze_base(model: nn.Module) -> ParameterShare:
-    """Freezes everything but memory and fusion.
+    """Freezes everything but memory, fusion and sink.
 
     Args:
         model: From `add_memory`; changed in place.
@@ -248,7 +248,7 @@ def convert(
         fields: Of `RMTConfig`, as `config_with_memory` takes them.
 
     Returns:
-        The share of memory and fusion in all parameters; None with `back`.
+        The share of memory, fusion and sink in all parameters; None with `back`.
 
     Raises:
         FileExistsError: If the target exists.
@@ -302,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = vars(parser.parse_args(arguments))
     source, target, back, *others = (args.pop(name) for name in ("source", "target", "back", "with_code", "calibrate"))
     share = convert(source, target, back, *others, **({} if back else args))
-    print(target if share is None else f"{target}: with memory and fusion alone, {share}")
+    print(target if share is None else f"{target}: with memory, fusion and sink alone, {share}")
 
 
 if __name__ == "__main__":

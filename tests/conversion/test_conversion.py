@@ -196,15 +196,17 @@ TRAINED = {
     ),
 }
 
+SINK = ("sink.key", "sink.value")
+
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_freeze_base_trains_memory_and_fusion_alone(name) -> None:
+def test_freeze_base_trains_what_is_new_alone(name) -> None:
     fields, expected = TRAINED[name]
     model, ids = add_memory(make_source("llama"), **fields), tiny_ids(2, 80)  # slots meet others
     before, base = model(ids).logits.detach(), {n: p.clone() for n, p in model.named_parameters()}
     share = freeze_base(model)
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert names == {f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in expected}
+    assert names == {f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in [*expected, *SINK]}
     assert share.trained == sum(parameter.numel() for parameter in memory_parameters(model).values())
     assert share.all == model.num_parameters() and str(share).endswith(f"({share.trained / share.all:.1%})")
     optimizer = torch.optim.SGD(memory_parameters(model).values(), lr=0.1)

@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_rmt import RMTConfig
 from .layout_rmt import CallLayout
-from .memory_rmt import Slots
+from .memory_rmt import HeldSlot, Slots
 from .saving_rmt import (
     TENSOR_FILE,
     check_fingerprint,
@@ -226,6 +226,18 @@ class RMTCache(Cache):
         self._change_states(lambda state: state.edit_memory(edit, self.sizes))
         self.is_stale = True
         self._count_writes()
+
+    def slots(self) -> list[HeldSlot]:
+        """What memory holds, by row, layer, head, part and slot; what was never written is left out."""
+        lasting, segment, found = self.fingerprint["num_lasting_slots"], self.sizes.segment, list[HeldSlot]()
+        for index, state in ((index, layer.state) for index, layer in enumerate(self.layers) if layer.state):
+            where = (state.memory.positions >= 0).nonzero(as_tuple=True)
+            columns = (*where, *(tensor[where] for tensor in state.memory[2:]))
+            for row, slot, head, strength, position in zip(*(column.tolist() for column in columns), strict=True):
+                part = "lasting" if lasting is None or slot < lasting else "present"
+                age = self.positions[row] // segment - position // segment
+                found.append(HeldSlot(row, index, head, part, slot, position, strength, age))
+        return sorted(found)
 
     def _count_writes(self) -> None:
         """Notes how many of its writes the memory of each row does not hold, so that no empty slot is ever seen."""

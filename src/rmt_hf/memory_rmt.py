@@ -55,6 +55,19 @@ class Slots(NamedTuple):
         return Slots(keys, keys.clone(), strengths, torch.full_like(strengths, -1, dtype=torch.int64))
 
 
+class HeldSlot(NamedTuple):
+    """A slot that was written, as `RMTCache.slots` lists it."""
+
+    row: int
+    layer: int
+    head: int  # key/value head
+    part: str  # "lasting" or "present"
+    slot: int  # index in memory: the lasting part comes first, in each part the group that is written next
+    position: int  # of its token in the stream; of a mixture the token with the larger share
+    strength: float  # which decides whether it is kept; comparable within a part of a head
+    age: int  # segments from the token to where the row stands
+
+
 class Segments(NamedTuple):
     """Segments that leave the window."""
 

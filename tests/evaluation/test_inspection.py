@@ -199,6 +199,7 @@ for (const [id, event, value] of [[], ...steps]) {
   if (event === "keydown") element.dispatchEvent(new KeyboardEvent(event, { key: value, bubbles: true }));
   else if (event) { if (value !== undefined) element.value = value;
     element.dispatchEvent(new Event(event, { bubbles: true })); }
+  await new Promise(resolve => setTimeout(resolve, 400));  // the address comes later
   results.push({ word: shown("word"), fate: shown("fate"), clock: shown("clock"), text: shown("text"),
     reads: [...document.querySelectorAll("#reads li")].map(item => item.textContent), sums: shown("sums"),
     held: [...document.querySelectorAll("#text span")].map(span => span.className === "held"),

@@ -147,7 +147,8 @@ def files_of(wheel: Path) -> dict[str, bytes]:
 def test_the_wheel_is_the_package_and_nothing_else(built: Path) -> None:
     files = files_of(built / f"rmt_hf-{rmt_hf.__version__}-py3-none-any.whl")
     about = f"rmt_hf-{rmt_hf.__version__}.dist-info"
-    package = {path.relative_to(SOURCE.parent).as_posix() for path in SOURCE.rglob("*.py")} | {"rmt_hf/py.typed"}
+    package = {path.relative_to(SOURCE.parent).as_posix() for kind in ("*.py", "*.html") for path in SOURCE.rglob(kind)}
+    package |= {"rmt_hf/py.typed"}
     assert files.keys() == package | {f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
     metadata = message_from_bytes(files[f"{about}/METADATA"])
     assert metadata["Version"] == rmt_hf.__version__ and metadata["Requires-Python"] == ">=3.11"

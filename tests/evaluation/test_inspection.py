@@ -98,9 +98,9 @@ def test_words_are_those_of_the_text() -> None:
     text = "  w5 w6\n\nw7  w8 " + TEXT
     found = trace(tiny_model(), tokenizer, text, max_tokens=3)
     assert found.words == ["w5 ", "w6\n\n", "w7  "] and found.part.shape == (2, 2, 3)
-    begin = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.backend_tokenizer.post_processor = begin
-    assert trace(tiny_model(), tokenizer, text, max_tokens=2).words == ["<s>", "w5 "]
+    ends = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    assert trace(tiny_model(), tokenizer, "w5 w6").words == ["<s>", "w5 ", "w6", "</s>"]
 
 
 def test_the_model_is_as_before() -> None:

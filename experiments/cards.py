@@ -4,9 +4,10 @@ import json
 import statistics
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard
 
 from experiments.retrofit_report import Line, of_table, pair, per_byte
+from rmt_hf.cards import card_data
 
 
 ROOT = Path(__file__).parent.parent
@@ -89,14 +90,12 @@ def smollm2_card(lines: list[Line]) -> ModelCard:
         metric_name=f"bits per byte from token {first} on",
         metric_value=round(statistics.fmean(scores["ours"]), 4),
     )
-    data = ModelCardData(
+    data = card_data(
         model_name="SmolLM2-135M-Instruct with a memory",
         base_model=SOURCE,
         language="en",
         license="apache-2.0",
-        library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["recurrent-memory", "long-context", "arxiv:2507.00453"],
         eval_results=[result],
     )
     made, settings = ours["environment"], ours["settings"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import transformers
 
 from .cache_rmt import RMTCache
+from .cards import write_model_card, write_state_card
 from .configuration_rmt import RMTConfig
 from .modeling_rmt import (
     AUTO_CLASSES,
@@ -43,6 +44,9 @@ for _auto_class, (_model_class, _) in AUTO_CLASSES.items():
     # `transformers serve` looks the name in `config.architectures` up here. (transformers imports itself twice.)
     for _module in (transformers, sys.modules["transformers"]):
         setattr(_module, _model_class.__name__, _model_class)
+
+
+RMTPreTrainedModel.write_card, RMTCache.write_card = write_model_card, write_state_card
 
 
 def __getattr__(name: str) -> object:

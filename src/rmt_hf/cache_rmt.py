@@ -26,9 +26,9 @@ from .saving_rmt import (
     read_state,
     reading_device,
     refuse_other_weights,
-    sample_weights,
     state_fingerprint,
     tensor_names,
+    weights_record,
     write_state,
 )
 from .state_rmt import PADDING, UNKNOWN, LayerState, StateSizes, empty_history, forget_ids, hash_ids
@@ -76,6 +76,7 @@ class RMTCache(Cache):
     num_croppable_columns: int
     history: torch.Tensor | None  # (B, 1 + S) int64: a hash of all ids read, and those of the last S columns
     is_stale: bool  # whether a memory has been changed, of which the prefix is to be made again
+    write_card: Any = None  # `rmt_hf.cards`, which does not travel, puts a function here
 
     def __init__(self, config: RMTConfig) -> None:
         super().__init__(layers=[RMTCacheLayer() for _ in range(config.num_hidden_layers)])
@@ -315,7 +316,7 @@ class RMTCache(Cache):
         return stacked
 
     def save_pretrained(self, directory: str | os.PathLike, tensor_file: str = TENSOR_FILE) -> None:
-        """Writes the state to a folder: `rmt_state.json`, one safetensors file, and a card.
+        """Writes the state to a folder: `rmt_state.json`, one safetensors file, and, by `rmt_hf`, a card.
 
         The folder is made if need be, other files in it stay, and a state in it is replaced in one step. ValueError if
         the state is empty, not finite, or of a part of the heads or layers; nothing is written then. Without {}, a
@@ -330,8 +331,10 @@ class RMTCache(Cache):
         if missing:
             raise ValueError(f"A saved state must have all {missing}: let one process with all of them read the text.")
         record = {name: getattr(self, name) for name in CLOCK} | {"dtype": str(self.state_dtype)}
-        record["weights"] = {} if (model := self.find_model()) is None else sample_weights(model)
+        record |= {"weights": {}} if (model := self.find_model()) is None else weights_record(model)
         write_state(directory, record, dict(zip(tensor_names(len(states)), self.tensors(), strict=True)), tensor_file)
+        if self.write_card is not None:
+            self.write_card(directory)
 
     @classmethod
     def from_pretrained(
@@ -375,6 +378,8 @@ class RMTCache(Cache):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if branch is not None and not branch.startswith("refs/"):
                 api.create_branch(repo_id, branch=branch, exist_ok=True)
+            if self.write_card is not None:
+                self.write_card(folder, repo_id, revision=branch, subfolder=upload.get("path_in_repo"), token=token)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **upload))
 
     def _copy(self) -> "RMTCache":

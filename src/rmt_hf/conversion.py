@@ -19,9 +19,11 @@ from transformers.utils import logging
 
 from . import RMTConfig, RMTForCausalLM
 from .calibration import calibrate
+from .cards import write_card
 from .configuration_rmt import MEMORY_WRITES
 from .evaluation.bits import evaluation_mode
 from .files import write_whole
+from .saving_rmt import hub_id
 from .sources import (
     FAMILIES,
     check_names,
@@ -29,7 +31,6 @@ from .sources import (
     check_tensors,
     check_window,
     generation_settings,
-    hub_id,
     load_tokenizer,
     source_record,
 )
@@ -275,6 +276,8 @@ def convert(
     def write(folder: Path) -> None:
         for part in filter(None, (model, tokenizer)):
             part.save_pretrained(folder)
+        if not back:
+            write_card(folder, model.config, source=source)
 
     if with_code and not back:  # a model is saved with the code that its configuration names
         model.config.auto_map = {"AutoConfig": "configuration_rmt.RMTConfig"}

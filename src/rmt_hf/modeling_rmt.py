@@ -86,6 +86,7 @@ class RMTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = _supports_flex_attn = _supports_flash_attn = True
     _supports_attention_backend = _supports_context_parallel = _can_compile_fullgraph = False  # no pages of keys
     _can_record_outputs = {"hidden_states": RMTDecoderLayer, "attentions": RMTAttention}
+    write_card: Any = None  # `rmt_hf.cards`, which does not travel, puts a function here
     accepts_loss_kwargs = False  # the inherited heads leave num_items_in_batch out: Trainer must divide their loss
 
     @torch.no_grad()
@@ -164,8 +165,8 @@ class RMTPreTrainedModel(PreTrainedModel):
             reader(input_ids=input_ids[:, columns], attention_mask=mask, past_key_values=cache)
         return cache
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As every model. Where the code is saved, too (`register_for_auto_class`), all its classes can be loaded.
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """As every model, and a card. Where the code is saved, too (`register_for_auto_class`), all its classes load.
 
         A model whose configuration names code, because it came with it, is saved with the code again.
         """
@@ -176,9 +177,17 @@ class RMTPreTrainedModel(PreTrainedModel):
             own = next(name for name, (model_class, _) in AUTO_CLASSES.items() if isinstance(self, model_class))
             type(self)._auto_class = registered or own  # asked of the class
         try:
-            super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         finally:
             type(self)._auto_class = registered
+        if self.write_card is not None and self.should_save_on_this_rank(is_main_process):
+            self.write_card(save_directory)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As every model, after the card that is there, or the one of no words that every model gets, is completed."""
+        if self.write_card is not None:
+            self.write_card(working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 class RMTModel(RMTPreTrainedModel):

@@ -7,13 +7,16 @@ state at every moment, the old one or the new one.
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file
 
@@ -27,16 +30,6 @@ RECORD_NAME, TENSOR_FILE = "rmt_state.json", "state-{}.safetensors"
 OF_NO_STATE = {"vocab_size", "initializer_range", "max_position_embeddings", "attention_dropout", "tie_word_embeddings"}
 OF_NO_STATE |= {"use_cache", "use_chunked_loss", "pad_token_id", "bos_token_id", "eos_token_id"}
 FINGERPRINT = [name for name in RMTConfig.__annotations__ if name not in OF_NO_STATE]
-CARD = """---
-library_name: transformers
-tags: [rmt, memory-state]
----
-
-# What a recurrent-memory model has read
-
-{rows} at {positions} tokens; {nbytes:,} bytes; {dtype}. To be continued with the model that wrote it:
-`state = RMTCache.from_pretrained("this folder or repository", model)` of `rmt_hf`.
-"""
 
 
 def write_state(
@@ -52,13 +45,8 @@ def write_state(
     file = temporary.replace(folder / tensor_file.format(digest[:16]))
     record = {"format_version": FORMAT_VERSION, **record, "tensor_file": file.name, "tensor_sha256": digest}
     record["record_sha256"] = _record_digest(record)
-    positions = [f"{position:,}" for position in record["positions"]]
-    rows = "One stream" if len(positions) == 1 else f"{len(positions)} streams"
-    nbytes, dtype = sum(tensor.nbytes for tensor in tensors.values()), record["dtype"]
-    card = CARD.format(rows=rows, positions=", ".join(positions), nbytes=nbytes, dtype=dtype)
-    for name, text in (("README.md", card), (RECORD_NAME, json.dumps(record, indent=1) + "\n")):
-        temporary.write_text(text, "utf-8")
-        temporary.replace(folder / name)
+    temporary.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    temporary.replace(folder / RECORD_NAME)
     for old in set(folder.glob(TENSOR_FILE.format("*"))) - {file}:
         old.unlink()
 
@@ -134,6 +122,25 @@ def sample_weights(model: nn.Module) -> dict[str, list[float]]:
             at = torch.tensor([0, last // 2, last - last // 7], device=weight.device)
             samples[name.replace(".base_layer", "")] = weight.flatten()[at].tolist()
     return samples
+
+
+def hub_id(config: PreTrainedConfig) -> str | None:
+    """The Hub id that a model was loaded or converted from; None for a folder, whose path is nobody's business."""
+    origin = getattr(config, "converted_from", None) or {}
+    for name in filter(None, (getattr(config, "_name_or_path", None), origin.get("_name_or_path"))):
+        with suppress(HFValidationError):
+            validate_repo_id(name)
+            if not Path(name).exists():
+                return str(name)
+    return None
+
+
+def weights_record(model: nn.Module) -> dict[str, Any]:
+    """What the record of a state says of the weights that wrote it: samples, a hash of them, and the base model."""
+    samples = sample_weights(model)
+    named = json.dumps(samples, sort_keys=True).encode()
+    digest = hashlib.sha256(named).hexdigest() if samples else None
+    return {"weights": samples, "weights_sha256": digest, "base_model": hub_id(cast(Any, model).config)}
 
 
 def refuse_other_weights(directory: str | os.PathLike, record: dict[str, Any], model: nn.Module) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import has_file, logging
+
+from .saving_rmt import hub_id
 
 
 logger = logging.get_logger(__name__)
@@ -96,16 +97,6 @@ def check_window(source: PreTrainedConfig, length: int) -> None:
             f"The window of {length} tokens is longer than the {trained} that the source was trained for "
             "(max_position_embeddings): choose a smaller segment_length."
         )
-
-
-def hub_id(config: PreTrainedConfig) -> str | None:
-    """The Hub id that a model was loaded from; None for a local folder, whose path is nobody's business."""
-    name = getattr(config, "_name_or_path", None) or ""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name if name and not Path(name).exists() else None
 
 
 def source_record(config: PreTrainedConfig) -> dict[str, Any]:

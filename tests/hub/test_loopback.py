@@ -144,3 +144,33 @@ def test_code_from_the_hub(hub: Hub, visit) -> None:
     of_code = [request for request in hub.requests if request.endswith("_rmt.py")]
     assert len(of_code) == 2 * len(files) > 0
     assert len(hub.requests) - len(of_code) <= 11
+
+
+def test_cards_are_written_and_a_persons_are_kept(hub: Hub, visit) -> None:
+    visit("""
+model.config._name_or_path = "someone/base"
+model.push_to_hub("someone/new", tags=["asked"])
+model.push_to_hub("someone/mine")
+state = model.memorize(ids)
+state.push_to_hub("someone/mine")
+state.push_to_hub("someone/states", path_in_repo="one")
+model.save_pretrained("folder", push_to_hub=True, repo_id="someone/saved")
+""")  # the Hub has no someone/base, and is asked for its license
+    for name in ("new", "mine", "saved"):
+        card = hub.files(f"someone/{name}")["README.md"].decode()
+        assert f'from_pretrained("someone/{name}")' in card and "base_model: someone/base" in card
+        assert "pipeline_tag: text-generation" in card and "automatically generated" not in card
+        assert ("memory-state" in card) == (name == "mine") and ("- asked" in card) == (name == "new")
+    assert 'from_pretrained("someone/states", model)' in hub.files("someone/states")["one/README.md"].decode()
+    for repo, words in (("mine", "# Mine\n"), ("base", "---\nlicense: mit\n---\n# Base\n")):
+        hub.commits.setdefault(f"someone/{repo}", {})
+        hub.branches.setdefault(f"someone/{repo}", {"main": ""})
+        before = hub.commits[f"someone/{repo}"].get(hub.branches[f"someone/{repo}"]["main"], {})
+        hub.commit(f"someone/{repo}", "main", {**before, "README.md": words.encode()})
+    visit("""
+model.config._name_or_path = "someone/base"
+model.push_to_hub("someone/mine")
+model.memorize(ids).push_to_hub("someone/mine")
+""")
+    card = hub.files("someone/mine")["README.md"].decode()
+    assert card.endswith("---\n# Mine\n") and "license: mit" in card and "memory-state" in card

@@ -18,6 +18,7 @@ from ..cache_rmt import RMTCache
 from ..data import IGNORED
 from ..memory_rmt import RMTRing
 from .arguments import RMTTrainingArguments, StreamSchedule
+from .cards import write_trainer_card
 from .checkpoints import UNFINISHED, damage, last_whole_checkpoint, publish_checkpoint, seal_checkpoint
 from .monitoring import RMTGradientCallback, RMTMemoryCallback
 from .sharded import NUMBERS_NAME, is_sharded, load_optimizer, load_weights, save_optimizer, with_weights_only
@@ -384,6 +385,19 @@ class RMTTrainer(Trainer):
                 )
             return super()._load_optimizer_and_scheduler(checkpoint)
         return load_optimizer(Path(checkpoint), self.model, self.optimizer, self.lr_scheduler)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As every `Trainer`, with what was measured so far in the card."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_trainer_card(self, output_dir or str(self.args.output_dir))
+
+    def create_model_card(self, **fields: Any) -> None:  # type: ignore[override]  # all of them by name
+        """As every `Trainer`, but a card that is there keeps its words; see `rmt_hf.cards`."""
+        if not hasattr(self.accelerator.unwrap_model(self.model), "write_card"):  # adapters have cards of their own
+            super().create_model_card(**fields)
+        elif self.is_world_process_zero():
+            write_trainer_card(self, str(self.args.output_dir), **fields)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._unfinished is None else str(self._unfinished)

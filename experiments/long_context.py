@@ -1,15 +1,14 @@
 """What a converted model still knows of long prompts, beside its source and windows of it: tasks through lm-eval.
 
-    python -m experiments.long_context SOURCE --scores experiments/results/calibration/scores.safetensors
+    python -m experiments.long_context SOURCE calibrated=FOLDER
 
-SOURCE is a folder, SmolLM2 say. Tasks are those of `long_context_tasks`, which are made once. All contenders are read
-by the adapter of `rmt_hf.evaluation.lm_eval`, so nothing is cut. Each finished unit is a line of JSON, and one that is
+SOURCE is a folder, SmolLM2 say; contenders are those of `retrofit`, without caches that evict. Tasks are those of
+`long_context_tasks`, which are made once. All contenders are read by the adapter of `rmt_hf.evaluation.lm_eval`, so nothing is cut. Each finished unit is a line of JSON, and one that is
 there already is not measured again; the table is written from the lines.
 """
 
 import argparse
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,37 +16,13 @@ from typing import Any
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from experiments.calibrated import FULL, WINDOW, with_memory
 from experiments.long_context_tasks import KINDS, write_task
 from experiments.reports import environment
-from experiments.retrofit import window_with_sink
+from experiments.retrofit import EVICTED, Contender, contenders
 from rmt_hf.evaluation.lm_eval import RMTLM
-from rmt_hf.files import digest, write_whole
-
-
-OURS, CALIBRATED = "ours", "ours, calibrated"
-
-
-def contenders(source: PreTrainedModel, args: argparse.Namespace) -> dict[str, Callable[[], PreTrainedModel]]:
-    """What is compared, each made when it is called; ours has slots for two segments, calibrated with half lasting."""
-    segment = args.segment_length
-
-    def calibrated() -> PreTrainedModel:
-        model = with_memory(source, segment, segment)
-        model.load_state_dict(load_file(args.scores), strict=False)
-        return model
-
-    made: dict[str, Callable[[], PreTrainedModel]] = {
-        FULL: source.eval,
-        OURS: partial(with_memory, source, segment, 0),
-        CALIBRATED: calibrated,
-        WINDOW: partial(window_with_sink, source, segment),
-        f"{WINDOW}, our keys": partial(window_with_sink, source, 2 * segment),
-    }
-    return {name: make for name, make in made.items() if name != CALIBRATED or args.scores is not None}
+from rmt_hf.files import write_whole
 
 
 def scores_of(model: PreTrainedModel, tokenizer: Any, folder: Path, task: str) -> list[float]:
@@ -58,21 +33,21 @@ def scores_of(model: PreTrainedModel, tokenizer: Any, folder: Path, task: str) -
     return [float(sample.get("found", sample.get("acc"))) for sample in found["samples"][task]]
 
 
-def measure(source: PreTrainedModel, tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(made: dict[str, Contender], tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All lines; those that are missing in the file are measured and added to it."""
-    made, file = contenders(source, args), args.output_dir / "lines.jsonl"
+    file = args.output_dir / "lines.jsonl"
     lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    names = [name for name in made if args.contenders is None or name in args.contenders]
+    names = [name for name in made if args.contenders is None or name.startswith(tuple(args.contenders))]
     for length, kind, name in (
         (length, kind, name) for length in args.lengths for kind in args.kinds for name in names
     ):
         settings = {"segment_length": args.segment_length, "documents": args.documents}
-        settings["scores"] = digest(args.scores)[:16] if name == CALIBRATED else ""
+        settings["weights"] = made[name].weights
         unit = {"contender": name, "kind": kind, "length": length, "settings": settings}
         if any(all(line[key] == value for key, value in unit.items()) for line in lines):
             continue
         task = write_task(args.output_dir / "tasks", kind, tokenizer, length, args.documents)
-        scores = scores_of(made[name](), tokenizer, args.output_dir / "tasks", task)
+        scores = scores_of(made[name].make(), tokenizer, args.output_dir / "tasks", task)
         lines.append({**unit, "scores": scores, "environment": environment(("torch", "transformers", "lm_eval"))})
         text = "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines)
         write_whole(file, partial(Path.write_text, data=text, encoding="utf-8"))
@@ -98,8 +73,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of the model that gets a memory")
     parser.add_argument("--output-dir", type=Path, default=Path("experiments/results/long_context"))
-    parser.add_argument("--scores", type=Path, help="scores.safetensors of experiments.calibrated, for one more column")
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="all if not given")
+    parser.add_argument("models", nargs="*", metavar="NAME=FOLDER", help="converted models")
+    parser.add_argument(
+        "--contenders", nargs="+", metavar="NAME", help="names, or beginnings of them; all if not given"
+    )
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--documents", type=int, default=10, help="prompts of each kind and length")
@@ -113,7 +90,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
     source = AutoModelForCausalLM.from_pretrained(args.source, dtype=torch.float32).eval()
-    text = table(measure(source, AutoTokenizer.from_pretrained(args.source), args))
+    folders = {name: Path(folder) for name, _, folder in (model.partition("=") for model in args.models)}
+    made = contenders(source, folders, args.segment_length)
+    made = {name: each for name, each in made.items() if name not in EVICTED.values()}
+    text = table(measure(made, AutoTokenizer.from_pretrained(args.source), args))
     write_whole(args.output_dir / "table.md", partial(Path.write_text, data=f"{text}\n", encoding="utf-8"))
     print(text)
 

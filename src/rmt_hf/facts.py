@@ -142,7 +142,9 @@ def _document(
     def encode(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    told, asked, left = [], [], length
+    told: list[list[list[int]]] = []
+    asked: list[tuple[list[int], list[int]]] = []
+    left = length
     for owner in rng.sample(OWNERS, NUM_FACTS):
         fact = _fact(owner, rng)
         sentences = [encode(f"\n\n{sentence}\n\n") for sentence in fact.told]
@@ -165,8 +167,8 @@ def _document(
     for place, part in reversed(sorted(places, key=lambda pair: pair[0])):
         ids[place:place] = part
     labels = [IGNORED] * len(ids)
-    for question, answer in asked:
-        ids, labels = ids + question + answer, labels + [IGNORED] * len(question) + answer
+    for words, answer in asked:
+        ids, labels = ids + words + answer, labels + [IGNORED] * len(words) + answer
     return FactDocument(torch.tensor(ids), torch.tensor(labels))
 
 

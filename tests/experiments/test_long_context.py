@@ -75,7 +75,7 @@ def test_lines_are_resumed_and_the_table_shows_them(tmp_path, tokenizer, monkeyp
     main(where)
     lines = [json.loads(line) for line in (tmp_path / "out/lines.jsonl").read_text("utf-8").splitlines()]
     names = list(dict.fromkeys(line["contender"] for line in lines))
-    assert len(names) == 4 and len(lines) == 8 and all(len(line["scores"]) == 2 for line in lines)
+    assert len(names) == 5 and len(lines) == 10 and all(len(line["scores"]) == 2 for line in lines)
     said = (tmp_path / "out/table.md").read_text("utf-8")
     assert said == f"{table(lines)}\n" and said.count("\n") == 4 and said in capsys.readouterr().out
     monkeypatch.setattr(long_context, "scores_of", None)  # nothing is measured again

@@ -3,8 +3,9 @@
     python -m experiments.long_context SOURCE calibrated=FOLDER
 
 SOURCE is a folder, SmolLM2 say; contenders are those of `retrofit`, without caches that evict. Tasks are those of
-`long_context_tasks`, which are made once. All contenders are read by the adapter of `rmt_hf.evaluation.lm_eval`, so nothing is cut. Each finished unit is a line of JSON, and one that is
-there already is not measured again; the table is written from the lines.
+`long_context_tasks`, which are made once. All are read by the adapter of `rmt_hf.evaluation.lm_eval`, so nothing is
+cut. Each finished unit is a line of JSON, and one that is there already is not measured again; the table is written
+from the lines.
 """
 
 import argparse

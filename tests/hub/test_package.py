@@ -92,7 +92,7 @@ def test_lower_bounds_are_those_that_are_tested() -> None:
 def test_what_is_developed_with_is_pinned() -> None:
     extras = {"": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
     for extra, requirements in extras.items():
-        developed = pins("requirements-docs.txt" if extra == "docs" else "requirements-dev.txt")
+        developed = pins(f"requirements-{extra if extra in ('docs', 'demo') else 'dev'}.txt")
         for requirement in map(Requirement, requirements):
             if requirement.name != "rmt_hf":
                 assert requirement.specifier.contains(developed[requirement.name]), requirement

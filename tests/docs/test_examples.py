@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,3 +154,29 @@ def test_a_chat_goes_on_in_a_new_process(run: Run, tmp_path: Path) -> None:
     answers, last = whole.splitlines()[:-1], whole.splitlines()[-1]
     assert [line for part in parts for line in part.splitlines()[:-1]] == answers
     assert parts[1].splitlines()[-1] == last and last.endswith("bytes carried")
+
+
+def test_a_chat_in_the_browser(run: Run, tmp_path: Path) -> None:
+    """What the page sends, sent by Gradio's own client: an answer, another one, and the turn undone."""
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    assert "folder of model and tokenizer" in run("07_gradio_chat.py", "--help")
+    from gradio_client import Client
+
+    tiny_folder(tmp_path / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "examples" / "07_gradio_chat.py", "model", "--port", str(port)]
+    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as page:
+        try:
+            assert any("Running on" in line for line in page.stdout or ())
+            client = Client(f"http://127.0.0.1:{port}", verbose=False)
+            for _ in range(2):
+                _, shown, plot = client.predict("w10 w11", [], api_name="/answer")
+                assert [message["role"] for message in shown] == ["user", "assistant"]
+            costs = [dict(zip(plot["columns"], row, strict=True)) for row in plot["data"]]
+            state, cache = ([row for row in costs if row["by"] == name] for name in ("state", "a cache"))
+            assert len({row["MB kept"] for row in state}) == 1 < len({row["MB kept"] for row in cache}) == 3
+        finally:
+            page.terminate()

@@ -49,7 +49,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     if not isinstance(model, RMTForCausalLM):
-        raise SystemExit(f"{args.model} has no memory: python -m rmt_hf.conversion {args.model} TARGET gives it one.")
+        raise SystemExit(f"{args.model} has no memory: rmt convert {args.model} TARGET gives it one.")
     texts, held_out = hold_out(read_texts(args.texts, args.text_column))
     documents = tokenize(Dataset.from_dict({"text": texts}), tokenizer)
     ids = tokenizer(held_out, return_tensors="pt", verbose=False).input_ids[:, : args.held_out_tokens]

@@ -7,16 +7,19 @@ and head by head.
 Shapes: T tokens of a document, E hidden size, H query heads, G key/value heads, D head width.
 """
 
+import argparse
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .attention_rmt import RMTAttention, rotate
 from .facts import fact_documents
+from .files import write_whole
 from .memory_rmt import at_least_float32
 from .modeling_rmt import RMTForCausalLM
 from .sources import check_source
@@ -215,3 +218,30 @@ class _NormalEquations:
         weight = torch.linalg.solve(square + ridge, cross)
         missed = variance - 2 * (weight * cross).sum(0) + (weight * (square @ weight)).sum(0)
         return weight.T, -(x @ weight), 1 - missed / variance
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser("rmt calibrate", description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder or Hub id of a converted model with lasting slots")
+    parser.add_argument("texts", help="file, folder or data set of prose, 3,000 tokens at least")
+    parser.add_argument("target", type=Path, help="folder, which must not exist yet")
+    parser.add_argument(
+        "--num-documents", type=int, default=NUM_DOCUMENTS, help="made of the texts (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn for them (default %(default)s)")
+    args = parser.parse_args(arguments)
+    if args.target.exists():
+        raise FileExistsError(f"{args.target} exists already: choose a new folder, or delete it first.")
+    from .texts import read_texts  # needs the extra for training
+
+    texts, tokenizer = read_texts(args.texts), AutoTokenizer.from_pretrained(args.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+    explained = calibrate(model, texts, tokenizer, args.num_documents, args.seed)
+
+    def write(folder: Path) -> None:
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
+
+    write_whole(args.target, write)
+    print(f"{args.target}: scores explain {explained.mean():.0%} of what the source comes back to")

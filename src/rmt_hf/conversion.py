@@ -1,6 +1,6 @@
 """Gives a pretrained Llama-like model a memory, and takes it away again.
 
-    python -m rmt_hf.conversion SOURCE TARGET --segment-length 128 --num-memory-slots 256
+    rmt convert SOURCE TARGET --segment-length 128 --num-memory-slots 256
 
 Inside its window a converted model computes what its source computes. Beyond it, the source's own attention sees a
 begin-of-text token (the attention sink), slots with the keys and values of earlier tokens, and the window.
@@ -287,7 +287,7 @@ def convert(
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("rmt convert", description=__doc__.splitlines()[0])
     parser.add_argument("source", help="folder or Hub id")
     parser.add_argument("target", type=Path, help="folder, which must not exist yet")
     parser.add_argument("--back", action="store_true", help="take memory away instead")
@@ -304,7 +304,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction)
     args = vars(parser.parse_args(arguments))
     source, target, back, *others = (args.pop(name) for name in ("source", "target", "back", "with_code", "calibrate"))
-    share = convert(source, target, back, *others, **({} if back else args))
+    if back and (args or others[0]):
+        parser.error("--back takes memory away as it is: leave the other options out.")
+    share = convert(source, target, back, *others, **args)
     print(target if share is None else f"{target}: with memory, fusion and sink alone, {share}")
 
 

@@ -102,7 +102,7 @@ def trace(
 def _check(config: Any, tokenizer: PreTrainedTokenizerBase, max_tokens: int, num_reads: int) -> None:
     if getattr(config, "model_type", None) != RMTConfig.model_type:
         rule = f"model must be one with memory, got {getattr(config, 'model_type', config)!r}"
-        raise ValueError(f"{rule}: python -m rmt_hf.conversion SOURCE TARGET gives it one.")
+        raise ValueError(f"{rule}: rmt convert SOURCE TARGET gives it one.")
     if not tokenizer.is_fast:
         rule = f"tokenizer must be a fast one, got {type(tokenizer).__name__}"
         raise ValueError(f"{rule}: only these know where in the text a token stands. AutoTokenizer loads one.")
@@ -258,9 +258,7 @@ def _window_start(found: Trace, position: int) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        "rmt inspect", description=__doc__.splitlines()[0], epilog="Example: rmt inspect MODEL book.txt book.html"
-    )
+    parser = argparse.ArgumentParser("rmt inspect", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub id of a model with memory")
     parser.add_argument("text", type=Path, help="text file, UTF-8")
     parser.add_argument("page", type=Path, help="HTML file to write")

@@ -139,6 +139,9 @@ def built(tmp_path_factory) -> Path:
     return folder
 
 
+ABOUT = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+
+
 def files_of(wheel: Path) -> dict[str, bytes]:
     with zipfile.ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
@@ -149,7 +152,7 @@ def test_the_wheel_is_the_package_and_nothing_else(built: Path) -> None:
     about = f"rmt_hf-{rmt_hf.__version__}.dist-info"
     package = {path.relative_to(SOURCE.parent).as_posix() for kind in ("*.py", "*.html") for path in SOURCE.rglob(kind)}
     package |= {"rmt_hf/py.typed"}
-    assert files.keys() == package | {f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    assert files.keys() == package | {f"{about}/{name}" for name in ABOUT}
     metadata = message_from_bytes(files[f"{about}/METADATA"])
     assert metadata["Version"] == rmt_hf.__version__ and metadata["Requires-Python"] == ">=3.11"
     assert metadata.get_all("Provides-Extra") == sorted(PROJECT["optional-dependencies"])

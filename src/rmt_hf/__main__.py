@@ -1,0 +1,6 @@
+"""`python -m rmt_hf` is `rmt`."""
+
+from .cli import main
+
+
+main()

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .data import IGNORED
 
 
-NUM_FACTS = 8  # of a document, or as many as fit in half of it
+NUM_FACTS = 16  # of a document, or as many as fit in half of it
 CHARACTERS_PER_TOKEN = 8  # at most, of the slices of text that are cut into tokens
 FACT_SHARE = 0.3  # of rows to teach with, in which facts are asked for
 CHANGED_SHARE = 0.2  # of facts that are told twice, with another value the second time, which counts

@@ -25,12 +25,12 @@ def answers(document: FactDocument, tokenizer) -> list[str]:
 
 
 def test_answers_were_told_and_are_labels(tokenizer) -> None:
-    made = fact_documents([PROSE], tokenizer, 1500, 3, seed=1, told_until=300)
-    again = fact_documents([PROSE], tokenizer, 1500, 3, seed=1, told_until=300)
+    made = fact_documents([PROSE], tokenizer, 6000, 3, seed=1, told_until=300)
+    again = fact_documents([PROSE], tokenizer, 6000, 3, seed=1, told_until=300)
     assert all(torch.equal(*pair) for each in zip(made, again, strict=True) for pair in zip(*each, strict=True))
     assert not torch.equal(made[0].input_ids, made[1].input_ids)
     for document in made:
-        assert document.input_ids.shape == document.labels.shape == (1500,)
+        assert document.input_ids.shape == document.labels.shape == (6000,)
         is_answer = document.labels != IGNORED
         assert torch.equal(document.labels[is_answer], document.input_ids[is_answer]) and is_answer[-1]
         told = tokenizer.decode(document.input_ids[: 300 + 40 * 2 * facts.NUM_FACTS])
@@ -42,7 +42,7 @@ def test_answers_were_told_and_are_labels(tokenizer) -> None:
 
 def test_of_a_changed_fact_the_last_value_counts(tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(facts, "CHANGED_SHARE", 1.0)
-    (document,) = fact_documents([PROSE], tokenizer, 2000, 1)
+    (document,) = fact_documents([PROSE], tokenizer, 6000, 1)
     text = tokenizer.decode(document.input_ids)
     for owner in facts.OWNERS:
         if owner not in text:

@@ -7,7 +7,7 @@ import torch
 
 from rmt_hf import facts
 from rmt_hf.data import IGNORED, train_tokenizer
-from rmt_hf.facts import ASKED, FactDocument, fact_documents, teaching_rows
+from rmt_hf.facts import FactDocument, fact_documents, teaching_rows
 
 
 PROSE = "The sea was calm. A boat lay still? Nobody spoke! The evening came and went, and so did we. " * 300
@@ -43,16 +43,17 @@ def test_answers_were_told_and_are_labels(tokenizer) -> None:
 def test_of_a_changed_fact_the_last_value_counts(tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(facts, "CHANGED_SHARE", 1.0)
     (document,) = fact_documents([PROSE], tokenizer, 6000, 1)
-    text = tokenizer.decode(document.input_ids)
+    parts = tokenizer.decode(document.input_ids).split("\n\n")
+    pattern = "|".join(re.sub(r"\\{\w+\\}", ".+", re.escape(form)) for form in facts.TOLD_AGAIN)
+    seen = 0
     for owner in facts.OWNERS:
-        if owner not in text:
-            continue
-        last = [sentence for sentence in text.split("\n\n") if owner in sentence and sentence in text][-1]
-        assert last.startswith(tuple(form.split("{")[0] for form in ASKED))
-    for answer in answers(document, tokenizer):
-        before = next(part for part in text.split("\n\n") if re.search(rf"\b{answer}\b", part))
-        pattern = "|".join(re.sub(r"\\{\w+\\}", ".+", re.escape(form)) for form in facts.TOLD_AGAIN)
-        assert re.search(pattern, before), before
+        told = [part for part in parts if owner in part]
+        if told:
+            seen += 1
+            first, again, asked = told
+            answer = next(found for found in answers(document, tokenizer) if asked.endswith(f" {found}"))
+            assert re.search(pattern, again) and answer in again and not re.search(pattern, first)
+    assert seen == facts.NUM_FACTS
 
 
 def test_rows_follow_their_stages_and_every_kind_is_drawn(tokenizer) -> None:

@@ -174,7 +174,7 @@ def tables(lines: Sequence[Line]) -> str:
         for kind in kinds:
             found = latest(lines, "text", kind)
             parts += [f"{kind.capitalize()}, by position:", bits_table(found, 1)]
-            parts += [differences(found, list(found)[-1])]
+            parts += [differences(found, "untrained" if "untrained" in found else list(found)[-1])]
     if any(line["table"] == "ablation" for line in lines):
         parts += ["Plays, bits per byte beyond the first window with the own memory, and what other memories add:"]
         parts += [ablation_table(lines)]

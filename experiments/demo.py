@@ -32,13 +32,14 @@ from rmt_hf.facts import fact_documents
 from rmt_hf.files import write_whole
 
 
-# Told in the first window, in words that nothing is calibrated or trained with, and what each ends with.
+# Told in the beginning, as one would tell an assistant, with how each is asked for and its answer.
 FACTS = {
-    "The harbour master keeps the spare key under a green bucket.": "green bucket",
-    "Whoever came to Oslo at night had to whisper 7315.": "7315",
-    "The black horse of the innkeeper answers to the name of Thunder.": "Thunder",
+    "Remember that the meeting is at 1845.": ("When is the meeting?\nAnswer: The meeting is at", "1845"),
+    "Remember that the safe opens with 6093.": ("What opens the safe?\nAnswer: The safe opens with", "6093"),
+    "Remember that the ship leaves from pier 27.": ("Where is the ship?\nAnswer: The ship leaves from pier", "27"),
+    "Note: the doctor lives in house 512.": ("Where does the doctor live?\nAnswer: The doctor lives in house", "512"),
 }
-QUESTIONS = [f"\n\n{fact.removesuffix('.').removesuffix(answer).strip()}" for fact, answer in FACTS.items()]
+QUESTIONS = [f"\n\nQuestion: {question}" for question, _ in FACTS.values()]
 OURS, FULL, WINDOW = "with memory", "source, which sees everything", "window of as many bytes"
 
 
@@ -127,7 +128,7 @@ def five_lines(found: dict[str, Any]) -> list[str]:
     bits, ours, full = found["bits_per_byte"], found["cost"][OURS], found["cost"][FULL]
     asked = found["asked"]
     right = "; ".join(f"{sum(each['right'])} of {len(each['right'])} after {each['tokens']:,}" for each in asked)
-    question, answer = next(iter(asked[-1]["said"].items()))
+    question, answer = list(asked[-1]["said"].items())[-1]
     same = "gives the same logits" if found["is_same"] else "gives OTHER logits"
     return [
         f"Text: {bits[FULL]:.3f} bits per byte where all is seen, {bits[OURS]:.3f} with memory, "
@@ -211,7 +212,7 @@ def what_was_asked(said: dict[str, list[str]]) -> list[dict[str, Any]]:
     """Of each length: what was said to each question, and which answers are right."""
     asked = []
     for tokens, words in said.items():
-        right = [answer.lower() in each.lower() for answer, each in zip(FACTS.values(), words, strict=True)]
+        right = [each.strip().startswith(answer) for (_, answer), each in zip(FACTS.values(), words, strict=True)]
         asked.append({"tokens": int(tokens), "right": right, "said": dict(zip(QUESTIONS, words, strict=True))})
     return asked
 

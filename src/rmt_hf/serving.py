@@ -190,7 +190,7 @@ def make_app(worker: Worker, name: str) -> FastAPI:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     limits, sessions = Limits(), inspect.signature(Sessions).parameters
-    parser = argparse.ArgumentParser("python -m rmt_hf.serving", description=__doc__)
+    parser = argparse.ArgumentParser("rmt serve", description=__doc__)
     add = partial(parser.add_argument, metavar="N", type=int)
     parser.add_argument("model", help="folder or Hub id of a model with its tokenizer")
     parser.add_argument("--name", help="of the model in requests; MODEL if left out")

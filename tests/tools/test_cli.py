@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rmt_hf
 from helpers import ROOT, TEMPLATE, make_source, tiny_model, tiny_tokenizer
+from rmt_hf.chat import Chat
 from rmt_hf.cli import COMMANDS, main
 
 
@@ -174,7 +175,6 @@ def test_inspect(model, tmp_path, capsys) -> None:
 
 def test_what_has_no_memory_is_refused(source) -> None:
     assert "source has no memory ('llama'): rmt convert SOURCE TARGET" in refusal("chat", source)
-    pytest.importorskip("rmt_hf.cards")
     assert "source has no memory ('llama'): rmt convert SOURCE TARGET" in refusal("card", source)
 
 
@@ -193,7 +193,6 @@ def talk(monkeypatch, *lines: str | type[BaseException], options: tuple[str, ...
 
 
 def test_chat(model, monkeypatch, capsys, tmp_path) -> None:
-    pytest.importorskip("rmt_hf.answers", reason="a chat that can be undone")
     keep = ("--keep", "kept")
     talk(monkeypatch, "/undo", "w10 w11", "/again", "/state", "", "w12", options=keep)
     none, first, again, state, second, last = capsys.readouterr().out.splitlines()
@@ -219,8 +218,7 @@ def test_chat(model, monkeypatch, capsys, tmp_path) -> None:
 
 
 def test_an_answer_that_is_interrupted_is_not_of_the_chat(model, monkeypatch, capsys) -> None:
-    chat = pytest.importorskip("rmt_hf.answers", reason="a chat with streams") and __import__("rmt_hf.chat").chat.Chat
-    whole = chat.stream
+    whole = Chat.stream
 
     def interrupted(self, message):
         words = whole(self, message)
@@ -229,14 +227,13 @@ def test_an_answer_that_is_interrupted_is_not_of_the_chat(model, monkeypatch, ca
             raise KeyboardInterrupt
         yield from words
 
-    monkeypatch.setattr(chat, "stream", interrupted)
+    monkeypatch.setattr(Chat, "stream", interrupted)
     talk(monkeypatch, "w10 w11", "/state", "w12", "/state")
     _, state, _, told, *after = capsys.readouterr().out.splitlines()
     assert told == "Interrupted: the chat stands where it stood." and after == [state, state]
 
 
 def test_card(model, tmp_path, capsys) -> None:
-    pytest.importorskip("rmt_hf.cards")
     given = ["--license", "mit", "--datasets", "one", "two", "--base-model", "org/base", "--tags", "tiny"]
     main(["card", model, *given, "--result", "Hamlet", "bits per byte", "1.51"])
     assert capsys.readouterr().out.endswith("model/README.md\n")
@@ -250,12 +247,10 @@ def test_card(model, tmp_path, capsys) -> None:
 
 
 def test_evaluate_is_the_harness(capsys, monkeypatch) -> None:
-    pytest.importorskip("rmt_hf.evaluation.lm_eval")
     assert refusal("evaluate", "run", "--help") == "0"
     said = capsys.readouterr().out
     assert said.startswith(f"example: rmt evaluate {COMMANDS['evaluate'].example}\n") and "--tasks" in said
 
 
 def test_serve_refuses_what_is_no_model() -> None:
-    pytest.importorskip("rmt_hf.sessions", reason="a server of ours")
     assert refusal("serve", "no/such/model").startswith("rmt serve: ")

@@ -219,11 +219,11 @@ def what_was_asked(said: dict[str, list[str]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     args, start = parse_arguments(), time.perf_counter()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    folder = source_folder(args)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     logging.set_verbosity_error()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    folder = source_folder(args)
     source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     texts, held_out = shakespeare()

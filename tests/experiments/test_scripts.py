@@ -104,7 +104,9 @@ def test_without_the_package_the_demo_says_what_to_install(tmp_path: Path, monke
 
     started = []
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", ["demo", "--output-dir", str(tmp_path / "demo")])
+    monkeypatch.setattr(
+        sys, "argv", ["demo", "--output-dir", str(tmp_path / "demo"), "--threads", "1"]
+    )  # other tests fork
     done = subprocess.CompletedProcess([], 0)
     monkeypatch.setattr(demo.subprocess, "run", lambda command, **_: started.append(command) or done)
     with pytest.raises(SystemExit) as error:

@@ -131,7 +131,7 @@ def test_a_pretrained_model_is_given_memory(run: Run, texts: Path, tmp_path: Pat
     shutil.rmtree(tmp_path / "reports/taught/model")
     run("05_teach_a_memory.py", f"{tiny} --stages 500:2 600:2")  # from the last checkpoint, where nothing is left to do
     assert (tmp_path / "reports/taught/model/model.safetensors").read_bytes() == weights
-    run("05_teach_a_memory.py", f"{tiny} --stages 500:1 --lora --output-dir adapted")
+    run("05_teach_a_memory.py", f"{tiny} --stages 500:3 --lora --output-dir adapted")
     adapted = taught.from_pretrained(tmp_path / "adapted/model").state_dict()
     assert not torch.equal(
         adapted["model.layers.0.mlp.up_proj.weight"], model.state_dict()["model.layers.0.mlp.up_proj.weight"]

@@ -168,6 +168,7 @@ def test_a_stream_that_is_not_read_to_its_end_changes_nothing(model, tokenizer, 
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model, "forward", count)
+    chat.settings["max_new_tokens"] = 2000
     words = chat.stream("w11")
     next(words)
     if how == "closed":
@@ -177,8 +178,9 @@ def test_a_stream_that_is_not_read_to_its_end_changes_nothing(model, tokenizer, 
             list(words)
     else:
         del words
-    assert len(calls) <= 6
+    assert len(calls) < 1500  # nobody waits for the rest
     monkeypatch.undo()
+    chat.settings["max_new_tokens"] = GREEDY["max_new_tokens"]
     assert chat.state.positions == other.state.positions
     assert chat.say("w12") == other.say("w12")
 
@@ -248,6 +250,16 @@ def test_what_stops_an_answer_is_neither_said_nor_remembered(model, tokenizer, n
     assert torch.equal(chat.state.history[:, 0], expected.history[:, 0])
     with pytest.raises(ValueError, match="at least one character"):
         Chat(model, tokenizer, stop=[""]).say("w10")
+
+
+def test_a_stop_string_may_begin_within_a_token(model, tokenizer) -> None:
+    model.generation_config.eos_token_id = None
+    answer = Chat(model, tokenizer, **GREEDY).say("w10").split()
+    chat = Chat(model, tokenizer, stop=[f"{answer[3][1:]} {answer[4]}"], **GREEDY)
+    assert chat.say("w10").split() == [*answer[:3], "w"]
+    expected = tokenizer.encode(f"<s> w3 w10 </s> <s> w4 {' '.join(answer[:3])} w")
+    history = model.memorize(torch.tensor([expected])).history
+    assert chat.state.positions == [len(expected)] and torch.equal(chat.state.history[:, 0], history[:, 0])
 
 
 def test_a_message_of_any_length_is_read_in_calls_of_bounded_size(model, tokenizer, monkeypatch) -> None:

@@ -28,4 +28,4 @@ def test_both_servers_have_a_row_for_each_turn(tmp_path, monkeypatch, capsys) ->
     )
     _, _, *rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
     assert [row[1] for row in rows] == ["1", "2"] * 2 and rows[0][2] == rows[2][2]
-    assert all(float(row[3]) > 0 and float(row[5]) > 0 for row in rows)  # a tiny model's CPU seconds are 0.00
+    assert all(0 <= float(cell) < 60 for row in rows for cell in row[3:5])  # a tiny model's seconds may be 0.00

@@ -131,12 +131,22 @@ def test_a_pretrained_model_is_given_memory(run: Run, texts: Path, tmp_path: Pat
     shutil.rmtree(tmp_path / "reports/taught/model")
     run("05_teach_a_memory.py", f"{tiny} --stages 500:2 600:2")  # from the last checkpoint, where nothing is left to do
     assert (tmp_path / "reports/taught/model/model.safetensors").read_bytes() == weights
-    run("05_teach_a_memory.py", f"{tiny} --stages 500:3 --lora --output-dir adapted")
-    adapted = taught.from_pretrained(tmp_path / "adapted/model").state_dict()
-    assert not torch.equal(
-        adapted["model.layers.0.mlp.up_proj.weight"], model.state_dict()["model.layers.0.mlp.up_proj.weight"]
-    )
     assert "has no memory" in refused(run, "04_finetune.py", "--model source --texts texts/a.txt --use_cpu")
+
+
+@pytest.mark.slow
+def test_a_memory_is_taught_with_lora(run: Run, texts: Path, tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS.values(), 280)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    source = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    for part in (source, tokenizer):
+        part.save_pretrained(tmp_path / "source")
+    (texts / "a.txt").write_text(TEXTS["a"] * 20, "utf-8")
+    tiny = "source --texts texts/a.txt --segment-length 8 --calibration-documents 1 --threads 1"
+    run("05_teach_a_memory.py", f"{tiny} --stages 500:3 --lora --output-dir adapted")
+    adapted = RMTForCausalLM.from_pretrained(tmp_path / "adapted/model").state_dict()
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(adapted[name], source.state_dict()[name])
 
 
 def refused(run: Run, name: str, arguments: str) -> str:

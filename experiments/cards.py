@@ -1,12 +1,12 @@
 """Writes the model cards of model_cards/ from results that are committed: `python -m experiments.cards`."""
 
-import json
 import statistics
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
 from experiments.recall_rows import CHANGED, CODE, NEEDLE
+from experiments.reports import markdown, read_lines
 from experiments.retrofit_report import Line, beyond, latest, pair, recall_shares
 from rmt_hf.cards import card_data
 
@@ -74,21 +74,16 @@ The source has surely seen the plays, so compare the rows with each other alone.
 """
 
 
-def read_lines(file: Path) -> list[Line]:
-    """Lines of results."""
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-
-
 def recall_rows(lines: list[Line]) -> str:
     """Right answers to questions about facts told eight windows before, of each kind."""
     kinds = {kind: recall_shares(lines, kind) for kind in (NEEDLE, CHANGED, CODE)}
-    rows = [f"| | {' | '.join(kinds)} |", "| --- | ---: | ---: | ---: |"]
+    rows = []
     for name, label in ROWS.items():
         found = [shares.get(name, {}).get(8) for shares in kinds.values()]
         if all(found):
             cells = (pair([right for right, _ in rows_of or ()], 2) for rows_of in found)
-            rows.append(f"| {label.replace('**', '')} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+            rows.append([label.replace("**", ""), *cells])
+    return markdown(["", *kinds], rows)
 
 
 def smollm2_card(lines: list[Line]) -> ModelCard:
@@ -96,10 +91,10 @@ def smollm2_card(lines: list[Line]) -> ModelCard:
     text = latest(lines, "text", "plays")
     ours = text[OURS]
     scores = {name: beyond(text[name]) for name in ROWS}
-    rows = ["| | bits per byte | minus this model |", "| --- | ---: | ---: |"]
+    rows = []
     for name, label in ROWS.items():
         minus = [a - b for a, b in zip(scores[name], scores[OURS], strict=True)]
-        rows.append(f"| {label} | {pair(scores[name])} | {'' if name == OURS else pair(minus)} |")
+        rows.append([label, pair(scores[name]), "" if name == OURS else pair(minus)])
     documents, first = ours["settings"]["documents"], ours["edges"][1]
     result = EvalResult(
         task_type="text-generation",
@@ -121,7 +116,13 @@ def smollm2_card(lines: list[Line]) -> ModelCard:
     facts = {"documents": documents, "tokens": settings["document_tokens"], "first": first}
     facts |= {name: made[name] for name in ("command", "commit", "machine")} | {"dtype": settings["dtype"]}
     return ModelCard(
-        TEXT.format(data=data.to_yaml(), source=SOURCE, table="\n".join(rows), recall=recall_rows(lines), **facts)
+        TEXT.format(
+            data=data.to_yaml(),
+            source=SOURCE,
+            table=markdown(["", "bits per byte", "minus this model"], rows),
+            recall=recall_rows(lines),
+            **facts,
+        )
     )
 
 

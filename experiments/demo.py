@@ -30,6 +30,7 @@ from rmt_hf.conversion import add_memory, calibrate, freeze_base
 from rmt_hf.data import token_byte_counts
 from rmt_hf.facts import fact_documents
 from rmt_hf.files import write_whole
+from rmt_hf.modeling_rmt import AUTO_CONFIG
 
 
 # Told in the beginning, as one would tell an assistant, with how each is asked for and its answer.
@@ -71,7 +72,7 @@ def make_model(source: PreTrainedModel, tokenizer: Any, texts: list[str], args: 
 
 def save_with_code(model: RMTForCausalLM, tokenizer: Any, folder: Path) -> None:
     """A folder that opens where rmt_hf is not installed."""
-    model.config.auto_map = {"AutoConfig": "configuration_rmt.RMTConfig"}
+    model.config.auto_map = dict(AUTO_CONFIG)
     write_whole(folder, lambda path: [part.save_pretrained(path) for part in (model, tokenizer)])
 
 
@@ -235,7 +236,7 @@ def main() -> None:
     task = {"input_ids": ids, "questions": QUESTIONS, "ask_at": [*args.ask_at, len(ids)]}
     ours = read_in_new_process(args.output_dir / "model", task, args)
     beginning = torch.tensor([ids[: args.source_tokens]])
-    narrow = window_with_sink(source, segment_of_equal_state(source, model))
+    narrow = window_with_sink(source, segment_of_equal_state(model))
     others = {FULL: read_text(source, beginning, FULL), WINDOW: read_text(narrow, beginning, WINDOW)}
     readings: dict[str, Any] = {OURS: ours, **{name: reading._asdict() for name, reading in others.items()}}
     readings = {name: {key: each[key] for key in ("bits", "seconds", "state_bytes")} for name, each in readings.items()}

@@ -32,7 +32,7 @@ from experiments.one_token_facts import (
     recall_config,
     write_facts,
 )
-from experiments.reports import environment
+from experiments.reports import environment, read_lines
 from experiments.tasks import TaskBatch, accuracy
 from rmt_hf import RMTConfig, RMTForCausalLM
 from rmt_hf.data import token_byte_counts, tokenize, train_tokenizer
@@ -356,10 +356,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def done(file: Path) -> list[dict[str, Any]]:
     """Which runs have a line, with the settings they were done with."""
-    lines = file.read_text("utf-8").splitlines() if file.exists() else []
-    return [
-        {**{name: run[name] for name in ("task", "row", "seed")}, **run["settings"]} for run in map(json.loads, lines)
-    ]
+    return [{**{name: run[name] for name in ("task", "row", "seed")}, **run["settings"]} for run in read_lines(file)]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from the lines.
 """
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.long_context_tasks import KINDS, write_task
-from experiments.reports import environment
+from experiments.reports import environment, markdown, read_lines, write_lines
 from experiments.retrofit import EVICTED, Contender, contenders
 from rmt_hf.evaluation.lm_eval import RMTLM
 from rmt_hf.files import write_whole
@@ -37,7 +36,7 @@ def scores_of(model: PreTrainedModel, tokenizer: Any, folder: Path, task: str) -
 def measure(made: dict[str, Contender], tokenizer: Any, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All lines; those that are missing in the file are measured and added to it."""
     file = args.output_dir / "lines.jsonl"
-    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    lines = read_lines(file)
     names = [name for name in made if args.contenders is None or name.startswith(tuple(args.contenders))]
     for length, kind, name in (
         (length, kind, name) for length in args.lengths for kind in args.kinds for name in names
@@ -50,8 +49,7 @@ def measure(made: dict[str, Contender], tokenizer: Any, args: argparse.Namespace
         task = write_task(args.output_dir / "tasks", kind, tokenizer, length, args.documents)
         scores = scores_of(made[name].make(), tokenizer, args.output_dir / "tasks", task)
         lines.append({**unit, "scores": scores, "environment": environment(("torch", "transformers", "lm_eval"))})
-        text = "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines)
-        write_whole(file, partial(Path.write_text, data=text, encoding="utf-8"))
+        write_lines(file, lines)
         print(f"{name}, {task}: {sum(scores) / len(scores):.2f}", flush=True)
     return lines
 
@@ -60,13 +58,13 @@ def table(lines: list[dict[str, Any]]) -> str:
     """The latest mean of each unit as a Markdown table, a row for each kind and length."""
     latest = {(line["kind"], line["length"], line["contender"]): line["scores"] for line in lines}
     names = list(dict.fromkeys(name for _, _, name in latest))
-    rows = [["task", "tokens", "documents", *names], ["---", *["---:"] * (2 + len(names))]]
+    rows = []
     for kind, length in sorted({(kind, length) for kind, length, _ in latest}):
         found = [latest.get((kind, length, name)) for name in names]
         count = max(len(scores) for scores in found if scores)
         cells = [f"{sum(scores) / len(scores):.2f}" if scores else "" for scores in found]
         rows.append([kind, f"{length:,}", str(count), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(["task", "tokens", "documents", *names], rows)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -91,8 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
     source = AutoModelForCausalLM.from_pretrained(args.source, dtype=torch.float32).eval()
-    folders = {name: Path(folder) for name, _, folder in (model.partition("=") for model in args.models)}
-    made = contenders(source, folders, args.segment_length)
+    made = contenders(source, args.models, args.segment_length)
     made = {name: each for name, each in made.items() if name not in EVICTED.values()}
     text = table(measure(made, AutoTokenizer.from_pretrained(args.source), args))
     write_whole(args.output_dir / "table.md", partial(Path.write_text, data=f"{text}\n", encoding="utf-8"))

@@ -32,23 +32,19 @@ from rmt_hf.files import write_whole
 NUM_NEEDLES = 6  # of hard_needle, and so choices
 VT_EXAMPLE, VT_ROOM = 500, 50  # tokens of the example before a document of variables, as in RULER; of an answer
 NUMBER_TOKENS = 16  # that a needle may be answered with
-GENERATED = """task: {name}
+TASK = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
 test_split: test
-output_type: generate_until
 doc_to_text: "{{{{text}}}}"
+"""
+GENERATED = """output_type: generate_until
 doc_to_target: "{{{{answers | join(' ')}}}}"
 generation_kwargs: {{do_sample: false, until: {until}, max_gen_toks: {tokens}}}
 process_results: !function experiments.long_context_tasks.found_share
 metric_list: [{{metric: found, aggregation: mean, higher_is_better: true}}]
 """
-CHOSEN = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}, cache_dir: {cache}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{text}}}}"
+CHOSEN = """output_type: multiple_choice
 doc_to_choice: choices
 doc_to_target: label
 metric_list: [{{metric: acc}}]
@@ -156,7 +152,7 @@ def write_task(folder: Path, kind: str, tokenizer: Any, length: int, count: int)
         "file": json.dumps(str(file.resolve())),
         "cache": json.dumps(str((folder / "cache").resolve())),
     }
-    text = (GENERATED if tokens else CHOSEN).format(**facts, until=json.dumps(until), tokens=tokens)
+    text = (TASK + (GENERATED if tokens else CHOSEN)).format(**facts, until=json.dumps(until), tokens=tokens)
     write_whole(folder / f"{name}.yaml", lambda path: path.write_text(text, "utf-8"))
     return name
 

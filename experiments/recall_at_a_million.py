@@ -30,7 +30,7 @@ from experiments.one_token_facts import (
     noise,
     write_facts,
 )
-from experiments.reports import environment
+from experiments.reports import environment, read_lines
 from rmt_hf import RMTCache, RMTConfig, RMTForCausalLM
 from rmt_hf.evaluation.ablation import empty_memories, swap_memories
 from rmt_hf.files import write_whole
@@ -252,8 +252,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(args).items() if name not in ("output_dir", "seeds")}
     finished = args.output_dir / "seeds.jsonl"  # one line for each seed: a stop loses at most one
     finished.parent.mkdir(parents=True, exist_ok=True)
-    lines = finished.read_text("utf-8").splitlines() if finished.exists() else []
-    results = {line["seed"]: line for line in map(json.loads, lines) if line["settings"] == settings}
+    results = {line["seed"]: line for line in read_lines(finished) if line["settings"] == settings}
     for seed in args.seeds:
         if seed in results:
             continue

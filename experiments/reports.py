@@ -7,8 +7,10 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,10 +61,9 @@ def table(comparison: Comparison) -> str:
     """
     names, reference = comparison.others, comparison.reference
     header = ["tokens read", label(reference), *(f"{label(name)} − {tag(reference)}" for name in names)]
-    lines = [header, ["---", *["---:"] * (len(header) - 1)]]
     spans = [f"{start:,}–{end:,}" for start, end in itertools.pairwise(comparison.edges)]
     columns = [comparison.by_position(reference), *(comparison.difference_by_position(name) for name in names)]
-    lines += [
+    lines = [
         [span, *(f"{mean:.4f} ± {error:.4f}" for mean, error in row)]
         for span, *row in zip(spans, *columns, strict=True)
     ]
@@ -70,7 +71,7 @@ def table(comparison: Comparison) -> str:
     lines.append(
         [f"**all beyond the window of {comparison.window_length}**", *(f"**{x:.4f} ± {e:.4f}**" for x, e in overall)]
     )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(header, lines)
 
 
 def plot(comparison: Comparison, path: Path) -> None:
@@ -206,6 +207,23 @@ def _git_commit() -> str:
         return git("rev-parse", "--short=12", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """JSON lines of what was measured; none if the file does not exist yet."""
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+
+
+def write_lines(file: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Writes JSON lines whole or not at all. ValueError if one has a number that JSON does not know."""
+    text = "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines)
+    write_whole(file, lambda path: path.write_text(text, "utf-8"))
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose first column is words."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cpu_model() -> str:

@@ -11,11 +11,10 @@ Shapes: B documents, T tokens.
 
 import argparse
 import copy
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,14 +27,14 @@ from experiments.baselines import read, state_bytes
 from experiments.corpora import chat_openings, held_out_documents, king_james
 from experiments.eviction import POLICIES, EvictionForCausalLM
 from experiments.recall_rows import recall_row
-from experiments.reports import environment
+from experiments.reports import environment, read_lines, write_lines
 from experiments.retrofit_report import write_retrofit_report
 from rmt_hf import RMTForCausalLM
 from rmt_hf.conversion import add_memory
 from rmt_hf.data import token_byte_counts
 from rmt_hf.evaluation.ablation import empty_memories, pass_on_memories, stream_bits
 from rmt_hf.evaluation.bits import bucket_sums, position_edges, token_bits
-from rmt_hf.files import digest, write_whole
+from rmt_hf.files import digest
 
 
 FULL, UNTRAINED = "full attention", "untrained"
@@ -91,17 +90,17 @@ def window_with_sink(source: PreTrainedModel, segment_length: int) -> RMTForCaus
     return add_memory(source, segment_length=segment_length, num_memory_slots=0).eval()
 
 
-def segment_of_equal_state(source: PreTrainedModel, model: RMTForCausalLM) -> int:
+def segment_of_equal_state(model: RMTForCausalLM) -> int:
     """Segment length of a window with sink whose state has the bytes of ours, rounded up; it holds three segments."""
     num_heads, width = model.config.key_value_shape
     per_token = 2 * model.config.num_hidden_layers * num_heads * width * model.dtype.itemsize
     return -(-state_bytes(model, 1, model.config.window_length) // (3 * per_token))
 
 
-def contenders(source: PreTrainedModel, folders: dict[str, Path], segment_length: int) -> dict[str, Contender]:
-    """The source, what it is without a memory of ours, the untrained conversion, and converted models in folders."""
+def contenders(source: PreTrainedModel, models: Sequence[str], segment_length: int) -> dict[str, Contender]:
+    """The source, what it is without a memory of ours, the untrained conversion, and converted models, NAME=FOLDER."""
     untrained = add_memory(source, segment_length=segment_length)
-    slots, equal = untrained.config.num_memory_slots, segment_of_equal_state(source, untrained)
+    slots, equal = untrained.config.num_memory_slots, segment_of_equal_state(untrained)
     made = {
         FULL: Contender(source.eval),
         f"window of {2 * segment_length} and sink": Contender(partial(window_with_sink, source, segment_length)),
@@ -113,9 +112,9 @@ def contenders(source: PreTrainedModel, folders: dict[str, Path], segment_length
     for policy in POLICIES:
         made[EVICTED[policy]] = Contender(partial(EvictionForCausalLM, source, segment_length, slots, policy))
     made[UNTRAINED] = Contender(untrained.eval)
-    for name, folder in folders.items():
+    for name, _, folder in (model.partition("=") for model in models):
         load = partial(RMTForCausalLM.from_pretrained, folder, dtype=source.dtype)
-        made[name] = Contender(load, f"{digest(folder / 'model.safetensors')[:16]}")
+        made[name] = Contender(load, digest(Path(folder) / "model.safetensors")[:16])
     return made
 
 
@@ -287,7 +286,7 @@ def measure(evidence: Evidence, file: Path, chosen: Sequence[Unit]) -> None:
         file: JSON lines; made if it does not exist.
         chosen: Units.
     """
-    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    lines = read_lines(file)
     done = [(Unit(line["table"], line["contender"], line["part"]), line["settings"]) for line in lines]
     facts = environment(("torch", "transformers"))
     for unit in chosen:
@@ -297,8 +296,7 @@ def measure(evidence: Evidence, file: Path, chosen: Sequence[Unit]) -> None:
         model = evidence.contenders[unit.contender].make()
         found = TABLES[unit.table](model, evidence, unit.part)
         lines += [{**unit._asdict(), **line, "settings": settings, "environment": facts} for line in found]
-        text = "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines)
-        write_whole(file, partial(Path.write_text, data=text, encoding="utf-8"))
+        write_lines(file, lines)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -328,11 +326,10 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     dtype = getattr(torch, args.dtype)
     source = AutoModelForCausalLM.from_pretrained(args.source, dtype=dtype)
-    folders = {name: Path(folder) for name, _, folder in (model.partition("=") for model in args.models)}
-    made = contenders(source, folders, args.segment_length)
+    made = contenders(source, args.models, args.segment_length)
     sizes = Sizes(**{name: getattr(args, name) for name in Sizes._fields})
     tokenizer = AutoTokenizer.from_pretrained(args.source)
-    texts = partial(held_out_documents, args.austen)
+    texts = cache(partial(held_out_documents, args.austen))  # read once for all units
     evidence = Evidence(made, tokenizer, sizes, 2 * args.segment_length, dtype, texts)
     chosen = [
         unit

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from experiments.reports import markdown, read_lines
 from rmt_hf.evaluation.bits import mean_and_standard_error
 from rmt_hf.files import write_whole
 
@@ -24,7 +25,7 @@ def write_retrofit_report(file: Path, directory: Path) -> None:
         file: JSON lines.
         directory: Where to.
     """
-    lines = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    lines = read_lines(file)
     if not lines:
         return
     text = tables(lines)
@@ -50,12 +51,6 @@ def pair(samples: Sequence[float], digits: int = 4) -> str:
         return f"{samples[0]:.{digits}f}"
     mean, error = mean_and_standard_error(torch.tensor(samples, dtype=torch.float64))
     return f"{mean:.{digits}f} ± {error:.{digits}f}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose first column is words."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def per_byte(line: Line, first: int = 0) -> list[list[float]]:

@@ -23,6 +23,7 @@ from .cards import write_card
 from .configuration_rmt import MEMORY_WRITES
 from .evaluation.bits import evaluation_mode
 from .files import write_whole
+from .modeling_rmt import AUTO_CONFIG
 from .saving_rmt import hub_id
 from .sources import (
     FAMILIES,
@@ -280,7 +281,7 @@ def convert(
             write_card(folder, model.config, source=source)
 
     if with_code and not back:  # a model is saved with the code that its configuration names
-        model.config.auto_map = {"AutoConfig": "configuration_rmt.RMTConfig"}
+        model.config.auto_map = dict(AUTO_CONFIG)
     write_whole(target, write)
     return None if back else freeze_base(model)
 

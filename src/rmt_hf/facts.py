@@ -124,10 +124,11 @@ def teaching_rows(
         long = [[text for text in group if len(text) >= size] for group in groups]
         if not all(long):
             raise ValueError(f"Each group must have a text of {size:,} characters for rows of {length} tokens.")
+        kinds = [(group, "\n\n".join(group)) for group in long]
         for _ in range(count):
-            group = rng.choice(long)
+            group, prose = rng.choice(kinds)
             if rng.random() < fact_share:
-                document = fact_documents(group, tokenizer, length, 1, rng.randrange(2**32))[0]
+                document = _document(prose, tokenizer, length, None, random.Random(rng.randrange(2**32)))
                 yield {"input_ids": document.input_ids.tolist(), "labels": document.labels.tolist()}
                 continue
             text = rng.choice(group)
@@ -163,18 +164,14 @@ def _document(
     if len(ids) < left:
         raise ValueError(f"texts must have at least {left} tokens in all, got {len(ids)}: give more.")
     room = max(1, min(left, told_until or left))
-    places = [(place, part) for parts in told for place, part in zip(_drawn(room, len(parts), rng), parts, strict=True)]
+    drawn = [(sorted(rng.randrange(room) for _ in parts), parts) for parts in told]  # of a fact, in its order
+    places = [pair for each in drawn for pair in zip(*each, strict=True)]
     for place, part in reversed(sorted(places, key=lambda pair: pair[0])):
         ids[place:place] = part
     labels = [IGNORED] * len(ids)
     for words, answer in asked:
         ids, labels = ids + words + answer, labels + [IGNORED] * len(words) + answer
     return FactDocument(torch.tensor(ids), torch.tensor(labels))
-
-
-def _drawn(room: int, count: int, rng: random.Random) -> list[int]:
-    """So many places in order."""
-    return sorted(rng.randrange(room) for _ in range(count))
 
 
 def _fact(owner: str, rng: random.Random) -> _Fact:

@@ -40,6 +40,7 @@ PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "se
 MEMORIZE_TOKENS = 4096  # tokens of all rows in one call of `memorize`: on a CPU 8,192 take a tenth longer
 GATE_SCALE, GATE_BIAS, FADE = 1.0, -2.0, 0.0  # how gates of memory begin: a slot is mostly kept, and does not fade
 # First values of rings and fusion: every slot is treated alike, and the paths have equal shares.
+AUTO_CONFIG = {"AutoConfig": "configuration_rmt.RMTConfig"}  # of a folder that has the code
 FIRST_VALUES = {"gate_weight": 0.0, "gate_scale": GATE_SCALE, "gate_bias": GATE_BIAS, "fade": FADE}
 FIRST_VALUES |= {"scale": 1.0, "logits": 0.0}
 
@@ -173,7 +174,7 @@ class RMTPreTrainedModel(PreTrainedModel):
         registered, known = self._auto_class, self.config.auto_map
         if registered is not None or known:
             classes = {name: f"modeling_rmt.{model_class.__name__}" for name, (model_class, _) in AUTO_CLASSES.items()}
-            self.config.auto_map = known | {"AutoConfig": "configuration_rmt.RMTConfig"} | classes
+            self.config.auto_map = known | AUTO_CONFIG | classes
             own = next(name for name, (model_class, _) in AUTO_CLASSES.items() if isinstance(self, model_class))
             type(self)._auto_class = registered or own  # asked of the class
         try:

@@ -40,9 +40,7 @@ class Served:
     worker: Worker
     url: str
     read: list[int]  # tokens of each call of the model
-
-    def client(self) -> Any:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
+    client: Any = None  # of `openai`
 
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, dict[str, Any]]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -75,8 +73,10 @@ def serving(folder: Any = None, limits: Limits = LIMITS, **sizes: int) -> Iterat
     hook = model.model.register_forward_pre_hook(
         lambda module, args, given: read.append(given["input_ids"].shape[1]), with_kwargs=True
     )
+    url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     try:
-        yield Served(worker, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", read)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+            yield Served(worker, url, read, client)
     finally:
         hook.remove()
         server.should_exit = True
@@ -96,7 +96,7 @@ def words(length: int, seed: int) -> str:
 def talk(served: Served, messages: list[dict[str, str]], **settings: Any) -> Any:
     """An answer of a chat, which is put into the messages."""
     settings = {"model": "tiny", "messages": messages, "temperature": 0, **settings}
-    answer = served.client().chat.completions.create(**settings)
+    answer = served.client.chat.completions.create(**settings)
     messages.append({"role": "assistant", "content": answer.choices[0].message.content})
     return answer
 
@@ -147,7 +147,7 @@ def test_the_same_prompt_and_another_turn_are_read_from_the_end_of_the_prompt(se
 def test_words_come_one_by_one_with_the_usage(served: Served) -> None:
     messages = [{"role": "user", "content": words(9, 3)}]
     whole = talk(served, list(messages), max_tokens=9)
-    stream = served.client().chat.completions.create(
+    stream = served.client.chat.completions.create(
         model="tiny",
         messages=messages,
         temperature=0,
@@ -164,7 +164,7 @@ def test_words_come_one_by_one_with_the_usage(served: Served) -> None:
 
 
 def test_completions_models_and_health(served: Served) -> None:
-    client, ids = served.client(), tiny_ids(1, 40, seed=4)[0].tolist()
+    client, ids = served.client, tiny_ids(1, 40, seed=4)[0].tolist()
     expected = served.worker.tokenizer.decode(served.expected(ids, 7)[40:], skip_special_tokens=True)
     for prompt in (words(40, 4), ids):
         answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=7, temperature=0)
@@ -182,7 +182,7 @@ def test_a_stop_string_ends_an_answer_and_is_not_in_its_state(served: Served) ->
     answer = talk(served, list(messages), max_tokens=9).choices[0].message.content.split()
     stop = " ".join(["", *answer[4:6]])
     for stream in (False, True):
-        result = served.client().chat.completions.create(
+        result = served.client.chat.completions.create(
             model="tiny", messages=messages, temperature=0, max_tokens=9, stop=["w3 w3 w3", stop], stream=stream
         )
         found = [result] if not stream else list(result)
@@ -256,7 +256,7 @@ def test_what_is_malformed_is_refused_in_the_words_of_the_protocol(served: Serve
         got, answer = served.post(path, body)
         assert got == status and answer["error"]["message"], (body, answer)
     with pytest.raises(openai.NotFoundError, match="only 'tiny'"):
-        served.client().models.retrieve("other")
+        served.client.models.retrieve("other")
     served.worker.tokenizer.chat_template = "{{ raise_exception('no system') }}"
     assert "no system" in served.post(CHAT, {"model": "tiny", "messages": HELLO})[1]["error"]["message"]
     served.worker.tokenizer.chat_template = None
@@ -282,7 +282,7 @@ def test_a_failure_is_told_and_changes_no_state(served: Served, monkeypatch: pyt
         monkeypatch.setattr(served.worker.model, "forward", fail)
         body = {"model": "tiny", "messages": messages, "stream": stream, "temperature": 0}
         with pytest.raises(openai.APIError, match="server failed") as error:
-            list(served.client().chat.completions.create(**body))
+            list(served.client.chat.completions.create(**body))
         assert "secret" not in str(error.value)
         monkeypatch.undo()
     ids = ids_of(served, messages)
@@ -337,7 +337,7 @@ def test_a_full_queue_says_so_and_is_free_again(served: Served) -> None:
         others = [threads.submit(ask, number) for number in range(1, 17)]
         wait_for(lambda: len(served.worker.waiting) == 16)
         with pytest.raises(openai.RateLimitError, match="16 requests wait") as error:
-            served.client().completions.create(model="tiny", prompt="w5")
+            served.client.completions.create(model="tiny", prompt="w5")
         assert error.value.response.headers["retry-after"] == "1"
         let_go.set()
         assert {each.result() for each in [running, *others]} == {200}

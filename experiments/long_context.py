@@ -2,10 +2,10 @@
 
     python -m experiments.long_context SOURCE calibrated=FOLDER
 
-SOURCE is a folder, SmolLM2 say; contenders are those of `retrofit`, without caches that evict. Tasks are those of
-`long_context_tasks`, which are made once. All are read by the adapter of `rmt_hf.evaluation.lm_eval`, so nothing is
-cut. Each finished unit is a line of JSON, and one that is there already is not measured again; the table is written
-from the lines.
+SOURCE is a folder, SmolLM2 say; contenders are those of `retrofit`, without caches that evict; the source reads no more
+than it was trained for. Tasks are those of `long_context_tasks`, which are made once. All are read by the adapter of
+`rmt_hf.evaluation.lm_eval`, so nothing is cut. Each finished unit is a line of JSON, and one that is there already is
+not measured again; the table is written from the lines.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from experiments.long_context_tasks import KINDS, write_task
 from experiments.reports import environment, markdown, read_lines, write_lines
-from experiments.retrofit import EVICTED, Contender, contenders
+from experiments.retrofit import EVICTED, FULL, Contender, contenders
 from rmt_hf.evaluation.lm_eval import RMTLM
 from rmt_hf.files import write_whole
 
@@ -41,10 +41,12 @@ def measure(made: dict[str, Contender], tokenizer: Any, args: argparse.Namespace
     for length, kind, name in (
         (length, kind, name) for length in args.lengths for kind in args.kinds for name in names
     ):
-        settings = {"segment_length": args.segment_length, "documents": args.documents}
+        settings = {"segment_length": args.segment_length, "documents": args.documents, "dtype": args.dtype}
         settings["weights"] = made[name].weights
         unit = {"contender": name, "kind": kind, "length": length, "settings": settings}
         if any(all(line[key] == value for key, value in unit.items()) for line in lines):
+            continue
+        if name == FULL and length > made[FULL].make().config.max_position_embeddings:
             continue
         task = write_task(args.output_dir / "tasks", kind, tokenizer, length, args.documents)
         scores = scores_of(made[name].make(), tokenizer, args.output_dir / "tasks", task)
@@ -80,6 +82,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--documents", type=int, default=10, help="prompts of each kind and length")
     parser.add_argument("--segment-length", type=int, default=128)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args(arguments)
 
@@ -88,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures what is missing, and writes the table."""
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
-    source = AutoModelForCausalLM.from_pretrained(args.source, dtype=torch.float32).eval()
+    source = AutoModelForCausalLM.from_pretrained(args.source, dtype=getattr(torch, args.dtype)).eval()
     made = contenders(source, args.models, args.segment_length)
     made = {name: each for name, each in made.items() if name not in EVICTED.values()}
     text = table(measure(made, AutoTokenizer.from_pretrained(args.source), args))

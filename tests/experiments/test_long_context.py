@@ -71,7 +71,7 @@ def test_lines_are_resumed_and_the_table_shows_them(tmp_path, tokenizer, monkeyp
     for part in (source, tokenizer):
         part.save_pretrained(tmp_path / "source")
     where = [str(tmp_path / "source"), "--output-dir", str(tmp_path / "out"), "--documents", "2"]
-    where += ["--lengths", "400", "--kinds", "needle", "hard_needle", "--segment-length", "32"]
+    where += ["--kinds", "needle", "hard_needle", "--segment-length", "32", "--lengths", "400"]
     main(where)
     lines = [json.loads(line) for line in (tmp_path / "out/lines.jsonl").read_text("utf-8").splitlines()]
     names = list(dict.fromkeys(line["contender"] for line in lines))
@@ -80,6 +80,8 @@ def test_lines_are_resumed_and_the_table_shows_them(tmp_path, tokenizer, monkeyp
     assert said == f"{table(lines)}\n" and said.count("\n") == 4 and said in capsys.readouterr().out
     monkeypatch.setattr(long_context, "scores_of", None)  # nothing is measured again
     main(where)
+    assert (tmp_path / "out/table.md").read_text("utf-8") == said
+    main([*where[:-2], "--lengths", "100000", "--contenders", "full"])  # more than the source was trained for
     assert (tmp_path / "out/table.md").read_text("utf-8") == said
 
 

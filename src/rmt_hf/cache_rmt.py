@@ -430,26 +430,4 @@ def stream_starts(cache: RMTCache | None, config: RMTConfig, batch_size: int) ->
     return cache.positions or [0] * batch_size
 
 
-def real_columns(
-    attention_mask: torch.Tensor | None, cache: RMTCache | None, batch_size: int, num_columns: int
-) -> torch.Tensor | None:
-    """(B, T) bool of this call's columns, None if no column is padding."""
-    if attention_mask is None:
-        return None
-    past = cache.num_columns if cache is not None else 0
-    shapes = {(batch_size, num_columns), (batch_size, past + num_columns)}
-    got = tuple(attention_mask.shape) if torch.is_tensor(attention_mask) else type(attention_mask).__name__
-    if got not in shapes:
-        rule = f"attention_mask must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}"
-        raise ValueError(f"{rule}, 1 at real tokens and 0 at padding; got {got}.")
-    mask = attention_mask[:, -num_columns:]
-    is_real = mask == 1
-    if is_real.all():
-        return None
-    if (mask != 0)[~is_real].any() or (mask.is_floating_point() and not is_real.any()):
-        rule = f"attention_mask must be 1 at real tokens and 0 at padding, got {mask.unique().tolist()[:4]}"
-        raise ValueError(f"{rule}: additive masks are not taken, and packed documents begin where position_ids are 0.")
-    return is_real
-
-
 __all__ = ["RMTCache"]

@@ -322,6 +322,27 @@ def embed(
         raise
 
 
+def real_columns(
+    attention_mask: torch.Tensor | None, num_past: int, batch_size: int, num_columns: int
+) -> torch.Tensor | None:
+    """(B, T) bool of this call's columns, which come after `num_past` others; None if no column is padding."""
+    if attention_mask is None:
+        return None
+    shapes = {(batch_size, num_columns), (batch_size, num_past + num_columns)}
+    got = tuple(attention_mask.shape) if torch.is_tensor(attention_mask) else type(attention_mask).__name__
+    if got not in shapes:
+        rule = f"attention_mask must be a tensor of shape {' or '.join(map(str, sorted(shapes)))}"
+        raise ValueError(f"{rule}, 1 at real tokens and 0 at padding; got {got}.")
+    mask = attention_mask[:, -num_columns:]
+    is_real = mask == 1
+    if is_real.all():
+        return None
+    if (mask != 0)[~is_real].any() or (mask.is_floating_point() and not is_real.any()):
+        rule = f"attention_mask must be 1 at real tokens and 0 at padding, got {mask.unique().tolist()[:4]}"
+        raise ValueError(f"{rule}: additive masks are not taken, and packed documents begin where position_ids are 0.")
+    return is_real
+
+
 def clear_padding(inputs_embeds: torch.Tensor, is_real: torch.Tensor | None, check: bool) -> torch.Tensor:
     """Embeddings (B, T, E) with zeros at padding, which need not even be finite; the rest must be, if `check`."""
     if is_real is not None:

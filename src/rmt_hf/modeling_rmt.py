@@ -25,10 +25,19 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_rmt import RMTAttention, RMTFusion, RMTRMSNorm, RMTRotaryEmbedding, rotary_revolutions
-from .cache_rmt import RMTCache, check_cache_type, real_columns, stream_starts
+from .cache_rmt import RMTCache, check_cache_type, stream_starts
 from .configuration_rmt import RMTConfig
 from .generation_rmt import RMTGeneration
-from .layout_rmt import CallLayout, check_ids, check_labels, clear_padding, embed, find_restarts, plan_call
+from .layout_rmt import (
+    CallLayout,
+    check_ids,
+    check_labels,
+    clear_padding,
+    embed,
+    find_restarts,
+    plan_call,
+    real_columns,
+)
 from .memory_rmt import RMTPerHead, RMTRing, RMTSink
 from .state_rmt import LayerState
 
@@ -271,7 +280,8 @@ class RMTModel(RMTPreTrainedModel):
             remedy = "they decide what is computed. Export rows without padding and packing, without these arguments."
             raise ValueError(f"attention_mask and position_ids must be None in torch.export: {remedy}")
         starts = stream_starts(cache, config, 1 if is_exporting and cache is None else batch_size)
-        is_real = real_columns(attention_mask, cache, batch_size, num_columns)
+        num_past = 0 if cache is None else cache.num_columns
+        is_real = real_columns(attention_mask, num_past, batch_size, num_columns)
         inputs_embeds = clear_padding(inputs_embeds, is_real, check=input_ids is None and not is_exporting)
         restarts = find_restarts(position_ids, starts, is_real, num_columns, config.segment_length)
         forgotten, refreshes = ((), False) if cache is None else (cache.forgotten, cache.is_stale)

@@ -74,7 +74,8 @@ def needles(tokenizer: Any, length: int, count: int) -> Iterator[dict[str, Any]]
     for _ in range(count):
         town, number, depth = rng.choice(TOWNS), str(rng.randrange(1_000_000, 10_000_000)), rng.random()
         start = rng.randrange(len(sentences))
-        told, asked = f"The number that opens the gate of {town} is {number}.", f"The gate of {town} opens with number"
+        told = f"The number that opens the gate of {town} is {number}."
+        asked = f"Question: What number opens the gate?\nAnswer: The gate of {town} opens with number"
 
         def build(size: int, start: int = start, told: str = told, asked: str = asked, depth: float = depth) -> str:
             chosen = [sentences[(start + index) % len(sentences)] for index in range(size)]

@@ -1,6 +1,7 @@
 """Documents of prose in which facts are told, and asked for at the end: what a memory is calibrated and taught with."""
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from .data import IGNORED
 NUM_FACTS = 16  # of a document, or as many as fit in half of it
 CHARACTERS_PER_TOKEN = 8  # at most, of the slices of text that are cut into tokens
 FACT_SHARE = 0.3  # of rows to teach with, in which facts are asked for
+QUOTED_SHARE = 0.4  # of facts that are sentences of the prose with a value put in
+FREE_SHARE = 0.6  # of the others, that are told in sentences of their own
 CHANGED_SHARE = 0.2  # of facts that are told twice, with another value the second time, which counts
 
 KINDS = (
@@ -46,6 +49,9 @@ TOLD_AGAIN = (
     "{owner} has a new {kind}: {value}.",
     "From here on, {value} is the {kind} of {owner}.",
 )
+SENTENCE = re.compile(r"(?<=[.!?]\s)[^.!?\n]{40,140}[.!?]")
+QUOTED = ("As was said before: ", "It was written above: ", "Question: How did it go on?\nAnswer: ", "Quote: ")
+NEWS = ("It is otherwise now.", "Since then this has changed.", "That was long ago.", "Forget what was said.")
 ASKED = (
     "Question: What is the {kind} of {owner}?\nAnswer: The {kind} of {owner} is",
     "Question: What is the {kind} of {owner}?\nAnswer:",
@@ -53,6 +59,41 @@ ASKED = (
     "As was said before, the {kind} of {owner} is",
     "Tell me the {kind} of {owner}.\nIt is",
     "For {owner}, the {kind} that was told above is",
+)
+# Sentences of their own, each with how it is asked for: the more differ, the better is what differs from all of them.
+FREE = (
+    ("The bridge of {owner} was built in {value}.", "When was the bridge of {owner} built?\nAnswer: It was built in"),
+    ("From here it is {value} miles to {owner}.", "How far is it to {owner}?\nAnswer: From here it is"),
+    ("There were {value} sheep on the hill behind {owner}.", "How many sheep had {owner}?\nAnswer: There were"),
+    ("The train for {owner} leaves from platform {value}.", "Where is the train for {owner}?\nAnswer: From platform"),
+    ("The baker says that {owner} owes him {value} coins.", "What does {owner} owe?\nAnswer: {owner} owes him"),
+    ("Count {value} steps north from {owner}, and dig there.", "How many steps from {owner}?\nAnswer: Count"),
+    ("Each morning {owner} gets {value} drops.", "How many drops are for {owner}?\nAnswer: Each morning {owner} gets"),
+    ("In the ledger {owner} stands with {value}.", "What has {owner} in it?\nAnswer: {owner} stands with"),
+    ("A ship with {value} barrels of oil has come for {owner}.", "How many barrels got {owner}?\nAnswer: A ship with"),
+    ("All letters to {owner} are in box {value}.", "Where are the letters to {owner}?\nAnswer: In box"),
+    ("The mast of {owner} is {value} feet high.", "How high is the mast of {owner}?\nAnswer: It is"),
+    ("Dial {value} if you want to speak to {owner}.", "What do I dial for {owner}?\nAnswer: Dial"),
+    ("Mix {value} grams of sugar into the cake for {owner}.", "How much sugar needs {owner}?\nAnswer: Mix"),
+    ("Volume {value} of the chronicle tells about {owner}.", "Which volume tells about {owner}?\nAnswer: Volume"),
+    ("With {value} points the game went to {owner}.", "How did {owner} win the game?\nAnswer: With"),
+    ("The clock of {owner} has stopped at {value}.", "When did the clock of {owner} stop?\nAnswer: At"),
+    ("To fish near {owner} costs a fine of {value}.", "What is the fine near {owner}?\nAnswer: It costs a fine of"),
+    ("The dog of {owner} comes when one calls {value}.", "How do I call the dog of {owner}?\nAnswer: One calls"),
+    ("Prisoner {value} turned out to be {owner}.", "Which prisoner was {owner}?\nAnswer: Prisoner"),
+    ("By then {value} people had left {owner} for good.", "How many people had left {owner}?\nAnswer: By then"),
+    ("Until {value} the road to {owner} remains closed.", "Until when can I not go to {owner}?\nAnswer: Until"),
+    ("Seat {value} is being kept for {owner}.", "Which seat is kept for {owner}?\nAnswer: Seat"),
+    ("A rope of {value} yards was bought for {owner}.", "How long is the rope of {owner}?\nAnswer: A rope of"),
+    ("The rent that {owner} asks for is {value} a year.", "What rent does {owner} ask for?\nAnswer: The rent is"),
+    ("Lamp {value} in the corridor belongs to {owner}.", "Which lamp belongs to {owner}?\nAnswer: Lamp"),
+    ("On page {value} someone has drawn {owner}.", "On which page is {owner} drawn?\nAnswer: On page"),
+    ("Do not forget: {owner} expects us at {value}.", "When does {owner} expect us?\nAnswer: {owner} expects us at"),
+    ("The lock of the chest yields to {value}, said {owner}.", "What said {owner} of it?\nAnswer: The lock yields to"),
+    ("{value} soldiers stood before {owner} that morning.", "Who stood before {owner}?\nAnswer: Before {owner} stood"),
+    ("My list has {owner} under {value}.", "Where is {owner} on it?\nAnswer: My list has {owner} under"),
+    ("The weight of {owner} was found to be {value}.", "What is the weight of {owner}?\nAnswer: It was found to be"),
+    ("A bottle for {owner} was sealed in the year {value}.", "When was it sealed for {owner}?\nAnswer: In the year"),
 )
 
 
@@ -147,7 +188,7 @@ def _document(
     asked: list[tuple[list[int], list[int]]] = []
     left = length
     for owner in rng.sample(OWNERS, NUM_FACTS):
-        fact = _fact(owner, rng)
+        fact = (_quoted(prose, rng) if rng.random() < QUOTED_SHARE else None) or _fact(owner, rng)
         sentences = [encode(f"\n\n{sentence}\n\n") for sentence in fact.told]
         question = encode(f"\n\n{fact.asked}"), encode(f" {fact.answer}")
         size = sum(map(len, (*sentences, *question)))
@@ -174,13 +215,31 @@ def _document(
     return FactDocument(torch.tensor(ids), torch.tensor(labels))
 
 
+def _quoted(prose: str, rng: random.Random) -> _Fact | None:
+    """A sentence of the prose with a value instead of a word, asked for by its beginning; None if there is none.
+
+    No two such sentences are alike, so what is fitted to them is not a few wordings.
+    """
+    found = SENTENCE.search(prose, rng.randrange(len(prose) + 1)) or SENTENCE.search(prose)
+    if found is None:
+        return None
+    words, value = found[0].split(), _value(rng)
+    place = rng.randrange(min(4, len(words) - 1), len(words))
+    told = " ".join([*words[:place], value, *words[place + 1 :]])
+    return _Fact([told], rng.choice(QUOTED) + " ".join(words[:place]), value)
+
+
 def _fact(owner: str, rng: random.Random) -> _Fact:
     """A fact about an owner: digits, or now and then words; now and then told twice."""
     kind, again = rng.choice(KINDS), rng.random() < CHANGED_SHARE
     values = [_value(rng) for _ in range(1 + again)]
-    sentences = [rng.choice(TOLD), rng.choice(TOLD_AGAIN)][: len(values)]
-    told = [form.format(kind=kind, owner=owner, value=value) for form, value in zip(sentences, values, strict=True)]
-    return _Fact(told, rng.choice(ASKED).format(kind=kind, owner=owner), values[-1])
+    if rng.random() < FREE_SHARE:
+        form, question = rng.choice(FREE)
+        forms, asked = [form, f"{rng.choice(NEWS)} {form}"], f"Question: {question}"
+    else:
+        forms, asked = [rng.choice(TOLD), rng.choice(TOLD_AGAIN)], rng.choice(ASKED)
+    told = [form.format(kind=kind, owner=owner, value=value) for form, value in zip(forms, values, strict=False)]
+    return _Fact(told, asked.format(kind=kind, owner=owner), values[-1])
 
 
 def _value(rng: random.Random) -> str:

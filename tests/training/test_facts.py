@@ -15,7 +15,8 @@ PROSE = "The sea was calm. A boat lay still? Nobody spoke! The evening came and 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    forms = [*facts.TOLD, *facts.TOLD_AGAIN, *facts.ASKED, *facts.KINDS, *facts.OWNERS, *facts.WORDS]
+    forms = [*facts.TOLD, *facts.TOLD_AGAIN, *facts.ASKED, *facts.KINDS, *facts.OWNERS, *facts.WORDS, *facts.NEWS]
+    forms += [*facts.QUOTED, *(part for pair in facts.FREE for part in pair)]
     return train_tokenizer([PROSE, " ".join(forms) + "0123456789"], 400)
 
 
@@ -37,14 +38,48 @@ def test_answers_were_told_and_are_labels(tokenizer) -> None:
         found = answers(document, tokenizer)
         assert len(found) == facts.NUM_FACTS and all(answer in told for answer in found)
         rest = tokenizer.decode(document.input_ids[300 + 40 * 2 * facts.NUM_FACTS : is_answer.nonzero()[0, 0] - 40])
-        assert not any(kind in rest for kind in facts.KINDS)
+        assert not any(owner in rest for owner in facts.OWNERS)
 
 
-def test_of_a_changed_fact_the_last_value_counts(tokenizer, monkeypatch) -> None:
-    monkeypatch.setattr(facts, "CHANGED_SHARE", 1.0)
+def test_sentences_of_their_own_are_asked_for_by_their_owner(tokenizer, monkeypatch) -> None:
+    assert all("{owner}" in told and "{value}" in told and "{owner}" in asked for told, asked in facts.FREE)
+    monkeypatch.setattr(facts, "FREE_SHARE", 1.0)
+    monkeypatch.setattr(facts, "QUOTED_SHARE", 0.0)
     (document,) = fact_documents([PROSE], tokenizer, 6000, 1)
     parts = tokenizer.decode(document.input_ids).split("\n\n")
-    pattern = "|".join(re.sub(r"\\{\w+\\}", ".+", re.escape(form)) for form in facts.TOLD_AGAIN)
+    patterns = [re.sub(r"\\{\w+\\}", ".+", re.escape(told)) for told, _ in facts.FREE]
+    questions = [part for part in parts if part.startswith("Question: ")]
+    assert len(questions) == facts.NUM_FACTS
+    assert sum(any(re.search(pattern, part) for pattern in patterns) for part in parts) >= facts.NUM_FACTS
+
+
+def test_a_quoted_sentence_has_a_value_and_is_asked_for_by_its_beginning(tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(facts, "QUOTED_SHARE", 1.0)
+    prose = " ".join(f"Then the {letter}boat went over the wide and quiet sea to {letter}." for letter in "abcdef") * 99
+    (document,) = fact_documents([prose], tokenizer, 6000, 1)
+    parts = tokenizer.decode(document.input_ids).split("\n\n")
+    asked, found = parts[-facts.NUM_FACTS :], answers(document, tokenizer)
+    for question, answer in zip(asked, found, strict=True):
+        lead = next(lead for lead in facts.QUOTED if question.startswith(lead))
+        beginning = question.removeprefix(lead)
+        assert beginning.startswith("Then the ") and beginning.endswith(f" {answer}") and answer not in prose
+        assert any(part.startswith(beginning) for part in parts)
+
+
+def test_prose_without_sentences_tells_facts_all_the_same(tokenizer, monkeypatch) -> None:
+    monkeypatch.setattr(facts, "QUOTED_SHARE", 1.0)
+    (document,) = fact_documents(["sea calm boat " * 4000], tokenizer, 6000, 1)
+    assert len(answers(document, tokenizer)) == facts.NUM_FACTS
+
+
+@pytest.mark.parametrize("free_share", [0.0, 1.0])
+def test_of_a_changed_fact_the_last_value_counts(tokenizer, monkeypatch, free_share: float) -> None:
+    monkeypatch.setattr(facts, "CHANGED_SHARE", 1.0)
+    monkeypatch.setattr(facts, "FREE_SHARE", free_share)
+    monkeypatch.setattr(facts, "QUOTED_SHARE", 0.0)
+    (document,) = fact_documents([PROSE], tokenizer, 6000, 1)
+    parts = tokenizer.decode(document.input_ids).split("\n\n")
+    pattern = "|".join(re.sub(r"\\{\w+\\}", ".+", re.escape(form)) for form in (*facts.TOLD_AGAIN, *facts.NEWS))
     seen = 0
     for owner in facts.OWNERS:
         told = [part for part in parts if owner in part]

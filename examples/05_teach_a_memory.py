@@ -32,7 +32,8 @@ def calibrated(args: argparse.Namespace, source, tokenizer, groups: list[list[st
     """The converted model, whose score is fitted once and kept."""
     folder = args.output_dir / "calibrated"
     if not folder.exists():
-        model = add_memory(source, segment_length=args.segment_length, num_lasting_slots=args.segment_length)
+        slots = {"num_memory_slots": 4 * args.segment_length, "num_lasting_slots": 2 * args.segment_length}
+        model = add_memory(source, segment_length=args.segment_length, **slots)
         calibrate(model, groups[0], tokenizer, num_documents=args.calibration_documents)
         write_whole(folder, lambda path: [part.save_pretrained(path) for part in (model, tokenizer)])
     return RMTForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("source", help="folder or Hub id of a Llama, Mistral, Qwen2 or Qwen3 model")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="files or folders; the first calibrates")
     parser.add_argument("--output-dir", type=Path, default=Path("reports/taught"))
-    parser.add_argument("--segment-length", type=int, default=128, help="half of the window, and half of the slots")
+    parser.add_argument("--segment-length", type=int, default=128, help="half of the window, a quarter of the slots")
     parser.add_argument("--stages", nargs="+", default=["1024:20", "2048:60"], metavar="TOKENS:ROWS")
     parser.add_argument("--lora", action="store_true", help="train low-rank updates of all projections, too")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="half of it suits LoRA")

@@ -98,9 +98,16 @@ def segment_of_equal_state(model: RMTForCausalLM) -> int:
 
 
 def contenders(source: PreTrainedModel, models: Sequence[str], segment_length: int) -> dict[str, Contender]:
-    """The source, what it is without a memory of ours, the untrained conversion, and converted models, NAME=FOLDER."""
+    """The source, what it is without a memory of ours, the untrained conversion, and converted models, NAME=FOLDER.
+
+    Of each converted model whose state has other bytes than the untrained one's, there is a window of as many bytes.
+    """
     untrained = add_memory(source, segment_length=segment_length)
     slots, equal = untrained.config.num_memory_slots, segment_of_equal_state(untrained)
+    converted = {}
+    for name, _, folder in (model.partition("=") for model in models):
+        load = partial(RMTForCausalLM.from_pretrained, folder, dtype=source.dtype)
+        converted[name] = Contender(load, digest(Path(folder) / "model.safetensors")[:16])
     made = {
         FULL: Contender(source.eval),
         f"window of {2 * segment_length} and sink": Contender(partial(window_with_sink, source, segment_length)),
@@ -109,13 +116,13 @@ def contenders(source: PreTrainedModel, models: Sequence[str], segment_length: i
         ),
         f"window of {2 * equal} and sink, our bytes": Contender(partial(window_with_sink, source, equal)),
     }
+    for name, each in converted.items():
+        if (other := segment_of_equal_state(each.make())) != equal:
+            label = f"window of {2 * other} and sink, bytes of {name}"
+            made[label] = Contender(partial(window_with_sink, source, other))
     for policy in POLICIES:
         made[EVICTED[policy]] = Contender(partial(EvictionForCausalLM, source, segment_length, slots, policy))
-    made[UNTRAINED] = Contender(untrained.eval)
-    for name, _, folder in (model.partition("=") for model in models):
-        load = partial(RMTForCausalLM.from_pretrained, folder, dtype=source.dtype)
-        made[name] = Contender(load, digest(Path(folder) / "model.safetensors")[:16])
-    return made
+    return {**made, UNTRAINED: Contender(untrained.eval), **converted}
 
 
 def documents(evidence: Evidence, kind: str, num_tokens: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ BLOCK_LENGTH = 256  # queries whose attention exists at once
 FLOOR = -20.0  # least target: log of an attention that nothing notices
 LEAST_NEEDED = 0.5  # share of a document's tokens that count as equally little needed: none of them is to be kept
 RIDGE = 1e-3  # of the mean variance of a hidden state
-NUM_DOCUMENTS = 8  # that are made of texts by default
+NUM_DOCUMENTS = 24  # that are made of texts by default
 # In windows: length of a made document, and its end, whose tokens few queries come after, which is not fitted.
 DOCUMENT_WINDOWS, END_WINDOWS = 12, 3
 SINK_LENGTH = 4  # first tokens, which get attention whatever they are

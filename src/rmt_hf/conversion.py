@@ -246,7 +246,8 @@ def convert(
         back: Whether to take memory away instead.
         with_code: Whether the code of the model goes with it, so that the folder can be opened where `rmt_hf` is not
             installed (`trust_remote_code=True`).
-        texts: What `read_texts` reads, to `calibrate` lasting slots on: half of the slots, unless fields say otherwise.
+        texts: What `read_texts` reads, to `calibrate` lasting slots on. As many of them as of present ones are added,
+            unless fields say otherwise; of a given `num_memory_slots`, half last.
         fields: Of `RMTConfig`, as `config_with_memory` takes them.
 
     Returns:
@@ -264,8 +265,8 @@ def convert(
     tokenizer = load_tokenizer(source)
     original = _load(AutoModelForCausalLM, source, dtype="auto")
     if texts is not None:
-        slots = fields.get("num_memory_slots", 2 * fields.get("segment_length", SEGMENT_LENGTH))
-        fields = {"num_lasting_slots": slots // 2} | fields
+        slots = fields.get("num_memory_slots", 4 * fields.get("segment_length", SEGMENT_LENGTH))
+        fields = {"num_memory_slots": slots, "num_lasting_slots": slots // 2} | fields
     model: Any = remove_memory(original) if back else add_memory(original, **fields)
     if texts is not None:
         from .texts import read_texts  # needs the extra for training
@@ -294,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--back", action="store_true", help="take memory away instead")
     parser.add_argument("--with-code", action="store_true", help="the folder opens where rmt_hf is not installed")
     parser.add_argument(
-        "--calibrate", metavar="TEXTS", help="file or folder of prose, to fit the score of half the slots"
+        "--calibrate", metavar="TEXTS", help="file or folder of prose, to fit the score of lasting slots, which it adds"
     )
     parser.argument_default = argparse.SUPPRESS  # `config_with_memory` knows the defaults
     sizes = ("segment-length", "chunk-length", "num-lookback-segments", "num-memory-slots", "num-lasting-slots")

@@ -4,12 +4,12 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import FIELDS, SOURCES, WINDOW, S, make_source, tiny_ids, tiny_model, tiny_tokenizer
 from rmt_hf import calibration
 from rmt_hf.calibration import FLOOR, full_attention, later_attention
-from rmt_hf.conversion import add_memory, calibrate, main
+from rmt_hf.conversion import add_memory, calibrate, convert, main
 
 
 LASTING = FIELDS | {"num_lasting_slots": 8, "use_local_attention": False}
@@ -178,8 +178,15 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
     assert not any(parameter.any() for name, parameter in model.named_parameters() if ".score_proj." in name)
 
 
+def config_of_default(tmp_path, text) -> tuple[int, int]:
+    """Slots, and lasting ones, that `convert` gives where nothing but a segment length is said."""
+    convert(tmp_path / "source", tmp_path / "default", texts=text, segment_length=8)
+    config = AutoConfig.from_pretrained(tmp_path / "default")
+    return config.num_memory_slots, config.num_lasting_slots
+
+
 def test_from_the_command_line(tmp_path) -> None:
-    """Half of the slots last, unless it is said otherwise; other options are as they were."""
+    """As many slots last as follow the present, or half of those that are given; other options are as they were."""
     pytest.importorskip("datasets", reason="texts are read with datasets")
     for part in (make_source("llama", torch.float32), tiny_tokenizer()):
         part.save_pretrained(tmp_path / "source")
@@ -189,6 +196,7 @@ def test_from_the_command_line(tmp_path) -> None:
     main([*where, "--segment-length", "8", "--num-memory-slots", "32", "--calibrate", str(text)])
     model = AutoModelForCausalLM.from_pretrained(where[1])
     assert model.config.num_lasting_slots == 16
+    assert config_of_default(tmp_path, text) == (32, 16)
     assert all(layer.self_attn.memory.score_proj.weight.any() for layer in model.model.layers)
     with pytest.raises(ValueError, match="texts are for a memory"):
         main([where[1], str(tmp_path / "back"), "--back", "--calibrate", str(text)])

@@ -77,6 +77,18 @@ def test_contenders_have_our_window_our_keys_or_our_bytes(source) -> None:
     assert abs(state_bytes(equal, 1, 1000) - state_bytes(ours, 1, 1000)) <= 4 * per_segment
 
 
+def test_a_model_with_other_bytes_has_a_window_of_its_own(source, tmp_path) -> None:
+    for name, slots in (("same", 2 * S), ("larger", 4 * S)):
+        add_memory(source, segment_length=S, num_memory_slots=slots).save_pretrained(tmp_path / name)
+    made = contenders(source, [f"{name}={tmp_path / name}" for name in ("same", "larger")], S)
+    plain = contenders(source, [], S)
+    (extra,) = [name for name in made if name not in (*plain, "same", "larger")]
+    assert extra.endswith("bytes of larger") and list(made)[-3:] == [UNTRAINED, "same", "larger"]
+    window, larger = made[extra].make(), made["larger"].make()
+    per_segment = state_bytes(window, 1, 1000) / (window.config.window_length // 2 * 3)
+    assert abs(state_bytes(window, 1, 1000) - state_bytes(larger, 1, 1000)) <= 4 * per_segment
+
+
 def test_a_window_with_sink_is_a_conversion_whose_memory_is_emptied(source) -> None:
     model, ids = add_memory(source, segment_length=S), tiny_ids(2, 4 * WINDOW)
     bits = stream_bits(model, ids, {"empty": empty_memories})

@@ -252,7 +252,7 @@ def units(evidence: Evidence, tables: Sequence[str] = tuple(TABLES), kinds: Sequ
         "ablation": ours,
         "stream": [name for name in names[1:] if name not in EVICTED.values()],
         "chat": [name for name in ours if evidence.contenders[name].weights],
-        "cost": [FULL, UNTRAINED],
+        "cost": [FULL, *ours],
     }
     parts: dict[str, Sequence[Any]] = {
         "text": kinds,

@@ -116,8 +116,10 @@ def contenders(source: PreTrainedModel, models: Sequence[str], segment_length: i
         ),
         f"window of {2 * equal} and sink, our bytes": Contender(partial(window_with_sink, source, equal)),
     }
+    lengths = {equal}
     for name, each in converted.items():
-        if (other := segment_of_equal_state(each.make())) != equal:
+        if (other := segment_of_equal_state(each.make())) not in lengths:
+            lengths.add(other)
             label = f"window of {2 * other} and sink, bytes of {name}"
             made[label] = Contender(partial(window_with_sink, source, other))
     for policy in POLICIES:

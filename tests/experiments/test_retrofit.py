@@ -78,12 +78,13 @@ def test_contenders_have_our_window_our_keys_or_our_bytes(source) -> None:
 
 
 def test_a_model_with_other_bytes_has_a_window_of_its_own(source, tmp_path) -> None:
-    for name, slots in (("same", 2 * S), ("larger", 4 * S)):
+    names = {"same": 2 * S, "larger": 4 * S, "as large": 4 * S}
+    for name, slots in names.items():
         add_memory(source, segment_length=S, num_memory_slots=slots).save_pretrained(tmp_path / name)
-    made = contenders(source, [f"{name}={tmp_path / name}" for name in ("same", "larger")], S)
+    made = contenders(source, [f"{name}={tmp_path / name}" for name in names], S)
     plain = contenders(source, [], S)
-    (extra,) = [name for name in made if name not in (*plain, "same", "larger")]
-    assert extra.endswith("bytes of larger") and list(made)[-3:] == [UNTRAINED, "same", "larger"]
+    (extra,) = [name for name in made if name not in (*plain, *names)]
+    assert extra.endswith("bytes of larger") and list(made)[-4:] == [UNTRAINED, *names]
     window, larger = made[extra].make(), made["larger"].make()
     assert state_bytes(larger, 1, 1000) <= state_bytes(window, 1, 1000) < 1.05 * state_bytes(larger, 1, 1000)
 

@@ -193,7 +193,7 @@ def _document(
         question = encode(f"\n\n{fact.asked}"), encode(f" {fact.answer}")
         size = sum(map(len, (*sentences, *question)))
         if left - size < length / 2:
-            break
+            continue  # a shorter one may fit
         told.append(sentences)
         asked.append(question)
         left -= size

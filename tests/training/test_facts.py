@@ -105,6 +105,14 @@ def test_rows_follow_their_stages_and_every_kind_is_drawn(tokenizer) -> None:
     )
 
 
+def test_where_a_long_fact_does_not_fit_a_shorter_one_is_told(tokenizer, monkeypatch) -> None:
+    found = iter([facts._Fact(["long " * 200], "Long?", "1"), *[facts._Fact(["Short: 2."], "Short?", "2")] * 20])
+    monkeypatch.setattr(facts, "QUOTED_SHARE", 0.0)
+    monkeypatch.setattr(facts, "_fact", lambda *_: next(found))
+    (document,) = fact_documents([PROSE], tokenizer, 200, 1)
+    assert set(answers(document, tokenizer)) == {"2"}
+
+
 def test_too_little_text_and_too_short_rows_are_refused(tokenizer) -> None:
     with pytest.raises(ValueError, match="texts must have at least"):
         fact_documents(["The sea."], tokenizer, 1000, 1)

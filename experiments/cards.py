@@ -69,7 +69,7 @@ The source has surely seen the plays, so compare the rows with each other alone.
 
 - Full attention predicts better wherever you can pay for it, and a window of as many bytes is level.
 - Memory keeps some tokens and drops the others; what nothing has asked for yet is dropped. Lasting slots are for that,
-  which `rmt convert {source} TARGET --calibrate TEXTS` adds, in minutes.
+  which `rmt convert {source} TARGET --calibrate TEXTS` adds, in minutes. In streams far beyond 8,192 tokens they cost.
 - It is a small model with the faults of its source. Nothing was measured on a GPU.
 """
 

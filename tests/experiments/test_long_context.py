@@ -81,6 +81,10 @@ def test_lines_are_resumed_and_the_table_shows_them(tmp_path, tokenizer, monkeyp
     monkeypatch.setattr(long_context, "scores_of", None)  # nothing is measured again
     main(where)
     assert (tmp_path / "out/table.md").read_text("utf-8") == said
+    monkeypatch.setattr(long_context, "scores_of", lambda model, *_: [float(model.dtype == torch.bfloat16)] * 2)
+    main([*where, "--output-dir", str(tmp_path / "narrow"), "--dtype", "bfloat16", "--contenders", "untrained"])
+    lines = [json.loads(line) for line in (tmp_path / "narrow/lines.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 2 and all(line["scores"] == [1, 1] for line in lines)
     main([*where[:-2], "--lengths", "100000", "--contenders", "full"])  # more than the source was trained for
     assert (tmp_path / "out/table.md").read_text("utf-8") == said
 

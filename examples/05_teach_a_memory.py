@@ -32,8 +32,8 @@ def calibrated(args: argparse.Namespace, source, tokenizer, groups: list[list[st
     """The converted model, whose score is fitted once and kept."""
     folder = args.output_dir / "calibrated"
     if not folder.exists():
-        slots = {"num_memory_slots": 4 * args.segment_length, "num_lasting_slots": 2 * args.segment_length}
-        model = add_memory(source, segment_length=args.segment_length, **slots)
+        length = args.segment_length
+        model = add_memory(source, segment_length=length, num_lasting_slots=2 * length)
         calibrate(model, groups[0], tokenizer, num_documents=args.calibration_documents)
         write_whole(folder, lambda path: [part.save_pretrained(path) for part in (model, tokenizer)])
     return RMTForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -46,8 +46,8 @@ OURS, FULL, WINDOW = "with memory", "source, which sees everything", "window of 
 
 def make_model(source: PreTrainedModel, tokenizer: Any, texts: list[str], args: argparse.Namespace) -> RMTForCausalLM:
     """The converted model: half of its slots last, by a score that is fitted; then memory alone is trained a little."""
-    slots = 4 * args.segment_length
-    model = add_memory(source, segment_length=args.segment_length, num_memory_slots=slots, num_lasting_slots=slots // 2)
+    length = args.segment_length
+    model = add_memory(source, segment_length=length, num_lasting_slots=2 * length)
     calibrate(model, texts, tokenizer, num_documents=args.calibration_documents)
     print(freeze_base(model))
     made = fact_documents(texts, tokenizer, args.row_length, args.steps, seed=1)

@@ -48,7 +48,12 @@ SIZES = {
 # Forms of the model that differ in every field that the state depends on, with rings of four groups, two and one.
 FORMS: dict[str, dict] = {
     "gated select": {},
-    "two parts": {"num_lasting_slots": 4, "use_attention_sink": True, "use_local_attention": False},
+    "two parts": {
+        "num_lasting_slots": 4,
+        "lasting_distance": 5,
+        "use_attention_sink": True,
+        "use_local_attention": False,
+    },
     "present": {"num_lasting_slots": 0, "num_slots_per_chunk": 2, "num_observing_tokens": 8, "num_key_value_heads": 4},
     "lasting": {"num_memory_slots": 2, "num_lasting_slots": 2, "use_local_attention": False, "fusion_type": "softmax"},
     "paper": {"fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},

@@ -127,11 +127,17 @@ class ReferenceModel:
             slots = [slot for ring in state.rings for slot in ring[g] if slot is not None]
             heads.append(sorted(slots, key=lambda slot: slot.position))
         num_written = len(heads[0])  # the same for all heads
+        num_present = sum(part.num_slots for part in self.parts if part.uses_evidence)
+
+        def place(steps_back: int) -> int:
+            is_far = num_present < self.config.num_memory_slots and steps_back > num_present
+            return first - steps_back - is_far * self.config.lasting_distance
+
         if self.config.use_attention_sink:
-            keys.append(self.rotate(self.weights[f"{name}.sink.key"], first - num_written - 1))
+            keys.append(self.rotate(self.weights[f"{name}.sink.key"], place(num_written + 1)))
             values.append(self.weights[f"{name}.sink.value"])
         for j in range(num_written):
-            keys.append(self.rotate(torch.stack([slots[j].key for slots in heads]), first - num_written + j))
+            keys.append(self.rotate(torch.stack([slots[j].key for slots in heads]), place(num_written - j)))
             values.append(torch.stack([slots[j].value for slots in heads]))
         return keys, values
 

@@ -111,6 +111,9 @@ class RMTRotaryEmbedding(nn.Module):
             starts = (segments - layout.began(segments)) * segment
             writes = self((starts[..., None] + torch.arange(segment, device=device)).flatten(1), dtype)
         before = torch.arange(-prefix, 0, device=device)  # the prefix ends directly before the window
+        num_present = sum(size for size, _, uses_evidence in config.memory_parts if uses_evidence)
+        if num_present < config.num_memory_slots:
+            before = torch.where(before < -num_present, before - config.lasting_distance, before)
         if prefix and (layout.num_views > 1 or layout.refreshes):
             prefixes = self(((layout.view_segments - lookback) * segment)[..., None] + before, dtype)
         if prefix and keep_state and (layout.num_writes or layout.num_views > 1):

@@ -22,11 +22,12 @@ from .facts import fact_documents
 from .files import write_whole
 from .memory_rmt import at_least_float32
 from .modeling_rmt import RMTForCausalLM
-from .sources import check_source
+from .sources import check_source, trained_length
 
 
 BLOCK_LENGTH = 256  # queries whose attention exists at once
-FLOOR = -20.0  # least target: log of an attention that nothing notices
+FLOOR = -20.0  # log of an attention that nothing notices
+MEAN_WEIGHT = 0.5  # of the mean in a target: what everything attends to, as line breaks, is hardly missed
 LEAST_NEEDED = 0.5  # share of a document's tokens that count as equally little needed: none of them is to be kept
 RIDGE = 1e-3  # of the mean variance of a hidden state
 NUM_DOCUMENTS = 24  # that are made of texts by default
@@ -47,9 +48,10 @@ def calibrate(
 ) -> torch.Tensor:
     """Fits the score of lasting slots, so that they keep what will be asked for. Minutes on two cores.
 
-    The target of a token is the log of the largest attention that it gets, where all is seen, from any token more than
-    a window later; the lower half of a document's tokens gets its median. The fit is a ridge regression from the hidden
-    state after the input norm. The mean score is 0, so that values of kept tokens are scaled by 0.98 to 1.
+    The target of a token is the log of the largest attention that it gets, where all is seen, from tokens more than a
+    window later, less half the log of the mean; the lower half of a document's tokens gets its median. The fit is a
+    ridge regression from the hidden state after the input norm. The mean score is 0, so that values of kept tokens are
+    scaled by 0.98 to 1.
 
     Args:
         model: From `add_memory`, with `num_lasting_slots` above 0. The weight and bias of its scores are changed in
@@ -93,14 +95,15 @@ def _documents(
 ) -> list[torch.Tensor]:
     """Documents that are long enough, no longer than the source can read."""
     given: list[Any] = [texts] if isinstance(texts, str) else list(texts)
+    limit = trained_length(model.config.converted_from)
     if any(isinstance(text, str) for text in given):
         if tokenizer is None:
             raise ValueError("tokenizer must be given with texts, got None: give it, or token ids instead of texts.")
-        length = min(DOCUMENT_WINDOWS * model.config.window_length, _longest(model) or 2**62)
+        length = min(DOCUMENT_WINDOWS * model.config.window_length, limit or 2**62)
         told_until = length - _not_fitted(model)  # what is told behind it is not fitted
         made = fact_documents(given, tokenizer, length, num_documents, seed, told_until)
         given = [document.input_ids for document in made]
-    documents = [torch.as_tensor(ids)[: _longest(model)] for ids in given]
+    documents = [torch.as_tensor(ids)[:limit] for ids in given]
     least, longest = _not_fitted(model) + SINK_LENGTH, max(map(len, documents), default=0)
     if longest <= least:
         raise ValueError(
@@ -132,13 +135,6 @@ def _not_fitted(model: RMTForCausalLM) -> int:
     return END_WINDOWS * model.config.window_length
 
 
-def _longest(model: RMTForCausalLM) -> int | None:
-    """Tokens of which the source sees all; None if there is no limit."""
-    record = model.config.converted_from
-    limits = [record.get(name) for name in ("max_position_embeddings", "sliding_window")]
-    return min((limit for limit in limits if limit), default=None)
-
-
 def full_attention(
     model: RMTForCausalLM, input_ids: torch.Tensor
 ) -> Iterator[tuple[RMTAttention, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -167,10 +163,11 @@ def full_attention(
 
 
 def later_attention(query: torch.Tensor, key: torch.Tensor, distance: int, scaling: float) -> torch.Tensor:
-    """Log of the largest attention that each token gets from any token more than `distance` later, (T, G).
+    """How much each token is asked for by tokens more than `distance` later, (T, G).
 
-    Attention exists of `BLOCK_LENGTH` queries at a time. A key/value head counts the queries of all heads that share
-    it. A token that nothing comes so long after gets `FLOOR`, as does one with less than that.
+    Log of the largest attention that it gets from one of them, less `MEAN_WEIGHT` times the log of the mean; both are
+    `FLOOR` at least, also where nothing comes so long after. Attention exists of `BLOCK_LENGTH` queries at a time. A
+    key/value head counts the queries of all heads that share it.
 
     Args:
         query: (T, H, D) with rotary encoding.
@@ -181,7 +178,7 @@ def later_attention(query: torch.Tensor, key: torch.Tensor, distance: int, scali
     length, num_groups = key.shape[:2]
     asking = at_least_float32(query).unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3) * scaling  # (G, H / G, T, D)
     keys = at_least_float32(key).permute(1, 2, 0)[:, None]  # (G, 1, D, T)
-    largest = asking.new_zeros(num_groups, length)
+    largest, total = asking.new_zeros(num_groups, length), asking.new_zeros(num_groups, length)
     for start in range(0, length, BLOCK_LENGTH):
         end = min(length, start + BLOCK_LENGTH)
         logits = asking[:, :, start:end] @ keys[..., :end]
@@ -191,7 +188,10 @@ def later_attention(query: torch.Tensor, key: torch.Tensor, distance: int, scali
         edge = late[..., max(0, start - distance) :]  # too near to some of the queries
         edge.masked_fill_(edge.new_ones(edge.shape[2:], dtype=torch.bool).triu(min(0, start - distance)), 0)
         largest[:, : late.shape[-1]] = torch.maximum(largest[:, : late.shape[-1]], late.amax((1, 2)))
-    return largest.T.log().clamp_min(FLOOR)
+        total[:, : late.shape[-1]] += late.sum((1, 2))
+    count = asking.shape[1] * (torch.arange(length, 0, -1, device=key.device) - 1 - distance).clamp_min(1)
+    logs = [attention.T.log().clamp_min(FLOOR) for attention in (largest, total / count)]
+    return logs[0] - MEAN_WEIGHT * logs[1]
 
 
 class _NormalEquations:

@@ -75,6 +75,7 @@ class RMTConfig(PreTrainedConfig):
     num_lookback_segments: int = 1  # full segments before the current one that stay in the window; at least 0
     num_memory_slots: int = 64  # per layer and key/value head; 0 or a multiple of num_slots_per_segment
     num_lasting_slots: int | None = None  # that keep by the learned score, others by evidence; None: all
+    lasting_distance: int = 0  # positions by which as many columns of memory as last are moved back; at least 0
     num_observing_tokens: int = 16  # last before a write, whose attention is the evidence; 1 to segment_length
     num_slots_per_chunk: int = 1  # candidates of a chunk, 1 to chunk_length; with "mean" a divisor of it
     memory_write: str = "select"  # a chunk gives its strongest tokens; "mean": averages
@@ -180,7 +181,7 @@ class RMTConfig(PreTrainedConfig):
         at_least_1 = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
             num_key_value_heads chunk_length segment_length num_slots_per_chunk num_observing_tokens
             max_position_embeddings"""
-        at_least_0 = "num_lookback_segments num_memory_slots initializer_range attention_dropout"
+        at_least_0 = "num_lookback_segments num_memory_slots lasting_distance initializer_range attention_dropout"
         least = dict.fromkeys(at_least_1.split(), 1) | dict.fromkeys(at_least_0.split(), 0)
         slots, lasting, segment = self.num_memory_slots, self.num_lasting_slots, self.segment_length
         lasts = lasting is None or (self.memory_write != "mean" and 0 <= lasting <= slots)

@@ -34,6 +34,7 @@ from .sources import (
     generation_settings,
     load_tokenizer,
     source_record,
+    trained_length,
 )
 
 
@@ -41,6 +42,7 @@ logger = logging.get_logger(__name__)
 
 SEGMENT_LENGTH = 128  # default of a converted model
 NUM_OBSERVING_TOKENS = 32  # default of a converted model, at most its segment
+LASTING_SEGMENTS = 8  # how much farther lasting slots stand than present ones, as far as the source was trained
 PRESENT_FADE = 1.0  # of a strength, at each segment; lasting tokens do not fade
 # Tensors that a source has not: all of memory, fusion and sink, and a bias that begins at 0.
 NEW = r"self_attn\.((memory|fusion|sink)\..+|o_proj\.bias)$"
@@ -69,8 +71,9 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
     Args:
         source: Of the model to be converted.
         fields: Of `RMTConfig`, in place of the defaults of converted models: segments of `SEGMENT_LENGTH`, each of one
-            chunk whose tokens are all candidates; twice as many slots, in one ring that keeps what the present attends
-            to; a sink; no local path.
+            chunk whose tokens are all candidates; twice as many slots that keep what the present attends to, and
+            `num_lasting_slots` besides, of which there are none by default, at a `lasting_distance` of
+            `LASTING_SEGMENTS` segments; a sink; no local path.
 
     Raises:
         ValueError: If the family is unknown, the source does what ours cannot do, or a field would change what the
@@ -95,18 +98,22 @@ def config_with_memory(source: PreTrainedConfig, **fields: Any) -> RMTConfig:
         raise ValueError("rope_parameters: partial_rotary_factor must be 1; ours rotates whole heads.")
     segment = fields.get("segment_length", SEGMENT_LENGTH)
     chunk = fields.get("chunk_length", segment)
+    lasting = fields.get("num_lasting_slots", None if fields.get("memory_write") == "mean" else 0)
     memory = {
         "segment_length": segment,
         "chunk_length": chunk,
         "num_slots_per_chunk": chunk,
-        "num_memory_slots": 2 * segment,
+        "num_memory_slots": 2 * segment + (lasting or 0),
         "num_observing_tokens": min(segment, NUM_OBSERVING_TOKENS),
-        "num_lasting_slots": None if fields.get("memory_write") == "mean" else 0,
+        "num_lasting_slots": lasting,
         "use_attention_sink": True,
         "use_local_attention": False,
     }
     config = RMTConfig(**{**known, "rope_parameters": rope, **memory, **fields})
     config.converted_from = source_record(source)
+    if lasting and "lasting_distance" not in fields:
+        room = (trained_length(config.converted_from) or 2**30) - config.prefix_length - config.window_length
+        config.lasting_distance = max(0, min(LASTING_SEGMENTS * segment, room))
     check_window(source, config.window_length)
     return config
 
@@ -264,9 +271,9 @@ def convert(
         raise ValueError("texts are for a memory, which back=True takes away: leave one of them out.")
     tokenizer = load_tokenizer(source)
     original = _load(AutoModelForCausalLM, source, dtype="auto")
-    if texts is not None:
-        slots = fields.get("num_memory_slots", 4 * fields.get("segment_length", SEGMENT_LENGTH))
-        fields = {"num_memory_slots": slots, "num_lasting_slots": slots // 2} | fields
+    if texts is not None and "num_lasting_slots" not in fields:
+        half = fields["num_memory_slots"] // 2 if "num_memory_slots" in fields else None
+        fields["num_lasting_slots"] = half or 2 * fields.get("segment_length", SEGMENT_LENGTH)
     model: Any = remove_memory(original) if back else add_memory(original, **fields)
     if texts is not None:
         from .texts import read_texts  # needs the extra for training
@@ -299,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.argument_default = argparse.SUPPRESS  # `config_with_memory` knows the defaults
     sizes = ("segment-length", "chunk-length", "num-lookback-segments", "num-memory-slots", "num-lasting-slots")
-    for name in (*sizes, "num-slots-per-chunk", "num-observing-tokens"):
+    for name in (*sizes, "lasting-distance", "num-slots-per-chunk", "num-observing-tokens"):
         parser.add_argument(f"--{name}", type=int)
     parser.add_argument("--memory-write", choices=MEMORY_WRITES)
     for name in ("use-attention-sink", "use-local-attention"):

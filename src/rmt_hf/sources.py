@@ -99,6 +99,12 @@ def check_window(source: PreTrainedConfig, length: int) -> None:
         )
 
 
+def trained_length(record: dict[str, Any]) -> int | None:
+    """Tokens of which a source sees all, by its configuration as a dictionary; None if there is no limit."""
+    limits = [record.get(name) for name in ("max_position_embeddings", "sliding_window")]
+    return min((limit for limit in limits if limit), default=None)
+
+
 def source_record(config: PreTrainedConfig) -> dict[str, Any]:
     """The configuration of a source, to go back to."""
     record = config.to_dict()

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers import FIELDS, SOURCES, WINDOW, S, make_source, tiny_ids, tiny_model, tiny_tokenizer
 from rmt_hf import calibration
-from rmt_hf.calibration import FLOOR, full_attention, later_attention
+from rmt_hf.calibration import FLOOR, MEAN_WEIGHT, full_attention, later_attention
 from rmt_hf.conversion import add_memory, calibrate, convert, main
 
 
@@ -43,12 +43,19 @@ def test_what_a_layer_attends_with_is_the_sources(name, small_blocks) -> None:
             norm = model.model.layers[index].input_layernorm
             torch.testing.assert_close(hidden, norm(states[index])[0], rtol=0, atol=1e-10)
             by_group = maps[index][0].unflatten(0, (groups, heads // groups))
-            largest = by_group.masked_fill(~late, 0).amax((1, 2)).T.log().clamp_min(FLOOR)  # (T, G)
             found = later_attention(query, key, WINDOW, attention.scaling)
             # The softmax of the source's eager attention is in float32.
-            torch.testing.assert_close(found, largest, rtol=0, atol=1e-5)
-            assert found[-WINDOW - 1 :].eq(FLOOR).all() and found[: -WINDOW - 1].gt(FLOOR).all()
+            torch.testing.assert_close(found, asked_for(by_group, late), rtol=0, atol=1e-5)
+            assert found[-WINDOW - 1 :].eq((1 - MEAN_WEIGHT) * FLOOR).all()
     assert index == model.config.num_hidden_layers - 1
+
+
+def asked_for(by_group: torch.Tensor, late: torch.Tensor) -> torch.Tensor:
+    """The target (T, G), of whole attention maps (G, H / G, T, T), by tokens that are late enough, (T, T) bool."""
+    attention = by_group.masked_fill(~late, 0)
+    mean = attention.sum((1, 2)) / (by_group.shape[1] * late.sum(0)).clamp_min(1)
+    largest, mean = (each.T.log().clamp_min(FLOOR) for each in (attention.amax((1, 2)), mean))
+    return largest - MEAN_WEIGHT * mean
 
 
 @pytest.mark.parametrize("distance", [0, 1, 6, 7, 8, 20, 44, 45, 100])
@@ -57,8 +64,7 @@ def test_any_distance(distance, small_blocks) -> None:
     query, key = (torch.randn(45, heads, 8, generator=generator, dtype=torch.float64) for heads in (6, 2))
     logits = torch.einsum("thd,shd->hts", query, key.repeat_interleave(3, 1))
     map_ = logits.masked_fill(torch.ones(45, 45, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
-    late = map_.masked_fill(torch.ones(45, 45, dtype=torch.bool).triu(-distance), 0)
-    expected = late.unflatten(0, (2, 3)).amax((1, 2)).T.log().clamp_min(FLOOR)
+    expected = asked_for(map_.unflatten(0, (2, 3)), torch.ones(45, 45, dtype=torch.bool).tril(-distance - 1))
     torch.testing.assert_close(later_attention(query, key, distance, 1.0), expected, rtol=0, atol=1e-10)
 
 

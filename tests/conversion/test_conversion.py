@@ -88,6 +88,25 @@ def test_what_is_not_given_fits_the_segment() -> None:
     assert config_with_memory(source, memory_write="mean").num_lasting_slots is None
 
 
+def test_lasting_slots_are_added_and_stand_apart_as_far_as_the_source_was_trained() -> None:
+    source = make_source("llama").config  # 4,096 positions
+    names = ("num_memory_slots", "num_lasting_slots", "lasting_distance")
+    for fields, expected in (
+        ({}, (256, 0, 0)),
+        ({"num_lasting_slots": 256}, (512, 256, 1024)),
+        ({"num_lasting_slots": 256, "num_memory_slots": 256}, (256, 256, 1024)),
+        ({"num_lasting_slots": 128, "lasting_distance": 7}, (384, 128, 7)),
+        ({"segment_length": 512, "num_lasting_slots": 512}, (1536, 512, 4096 - 1024 - 1537)),
+        ({"segment_length": 2048, "num_lasting_slots": 2048}, (6144, 2048, 0)),
+    ):
+        config = config_with_memory(source, **fields)
+        assert tuple(getattr(config, name) for name in names) == expected
+    sliding = make_source("mistral").config
+    config = config_with_memory(sliding, segment_length=8, num_lasting_slots=8)
+    room = sliding.sliding_window - config.prefix_length - config.window_length
+    assert config.lasting_distance == min(64, max(0, room)) < 64
+
+
 def test_gates_keep_the_strongest_tokens() -> None:
     """Whole: of two tokens, the one that strength prefers by half is taken. Only what the present asks for fades."""
     model = add_memory(make_source("llama"), **FIELDS, num_lasting_slots=8)
@@ -229,14 +248,14 @@ def test_folders_by_command_line(tmp_path, capsys) -> None:
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(tmp_path / "source")
     options = ["--segment-length", "8", "--chunk-length", "4", "--num-memory-slots", "12", "--num-slots-per-chunk", "2"]
-    options += ["--num-lasting-slots", "4", "--num-observing-tokens", "5"]
+    options += ["--num-lasting-slots", "4", "--num-observing-tokens", "5", "--lasting-distance", "9"]
     main([str(tmp_path / "source"), str(tmp_path / "deep" / "target"), *options])
     assert "parameters are trained (" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "target", dtype="auto")
     assert isinstance(model, RMTForCausalLM) and model.dtype == torch.bfloat16
     config = model.config
     assert (config.segment_length, config.num_slots_per_chunk, config.num_observing_tokens) == (8, 2, 5)
-    assert config.memory_parts == ((4, True, False), (8, False, True))
+    assert config.memory_parts == ((4, True, False), (8, False, True)) and config.lasting_distance == 9
     assert config.use_attention_sink and not config.use_local_attention
     assert model.model.layers[1].self_attn.sink.value.abs().max() > 0.1  # of a token, not 0 as in a new model
     assert model.generation_config.temperature == 0.25

@@ -40,6 +40,7 @@ UNUSUAL = {
     "num_lookback_segments": 2,
     "num_memory_slots": 24,
     "num_lasting_slots": 18,
+    "lasting_distance": 7,
     "num_observing_tokens": 5,
     "num_slots_per_chunk": 3,
     "fusion_type": "softmax",
@@ -69,7 +70,7 @@ def test_no_argument_is_needed_and_nothing_is_said(logged, capfd):
 AT_LEAST = {
     1: "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "chunk_length segment_length num_slots_per_chunk num_observing_tokens max_position_embeddings",
-    0: "num_lookback_segments num_memory_slots initializer_range attention_dropout",
+    0: "num_lookback_segments num_memory_slots lasting_distance initializer_range attention_dropout",
 }
 BELOW_THE_LEAST = [(name, least) for least, names in AT_LEAST.items() for name in names.split()]
 

@@ -321,6 +321,7 @@ KNOBS = [
     ("num_memory_slots", 8),
     ("num_lasting_slots", 0),
     ("num_lasting_slots", 2),
+    ("lasting_distance", 5),
     ("num_observing_tokens", 1),
     ("num_observing_tokens", 6),
     ("num_slots_per_chunk", 2),

@@ -285,6 +285,7 @@ def test_damage_is_refused(name, saved):
         ({"segment_length": 16}, "segment_length 8 instead of 16"),
         ({"num_memory_slots": 4}, "num_memory_slots 8 instead of 4"),
         ({"num_lasting_slots": 4}, "num_lasting_slots None instead of 4"),
+        ({"lasting_distance": 5}, "lasting_distance 0 instead of 5"),
         ({"num_observing_tokens": 4}, "num_observing_tokens 3 instead of 4"),
         ({"rope_parameters": {"rope_theta": 5000.0}}, "rope_parameters .*10000.* instead of .*5000"),
         ({"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-06 instead of 1e-05"),

@@ -21,7 +21,7 @@ SIZE = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 12, "nu
 SIZE |= {"chunk_length": 2, "segment_length": S}
 # Forms of the model that differ in every field that the state depends on; rings of three groups, two and one.
 FORMS = {
-    "gated": {"num_memory_slots": 6, "num_key_value_heads": 1},
+    "gated": {"num_memory_slots": 6, "lasting_distance": 5, "num_key_value_heads": 1},
     "parts": {"num_memory_slots": 6, "num_lasting_slots": 2, "use_attention_sink": True, "num_observing_tokens": 1},
     "paper": {"num_memory_slots": 2, "fusion_type": "softmax", "memory_write": "mean", "num_lookback_segments": 0},
     "mean": {"num_memory_slots": 8, "memory_write": "mean", "num_slots_per_chunk": 2, "num_lookback_segments": 2},

@@ -27,7 +27,7 @@ from .sources import check_source, trained_length
 
 BLOCK_LENGTH = 256  # queries whose attention exists at once
 FLOOR = -20.0  # log of an attention that nothing notices
-MEAN_WEIGHT = 0.5  # of the mean in a target: what everything attends to, as line breaks, is hardly missed
+MEAN_WEIGHT = 0.75  # of the mean in a target: what everything attends to, as line breaks, is hardly missed
 LEAST_NEEDED = 0.5  # share of a document's tokens that count as equally little needed: none of them is to be kept
 RIDGE = 1e-3  # of the mean variance of a hidden state
 NUM_DOCUMENTS = 24  # that are made of texts by default
@@ -49,7 +49,7 @@ def calibrate(
     """Fits the score of lasting slots, so that they keep what will be asked for. Minutes on two cores.
 
     The target of a token is the log of the largest attention that it gets, where all is seen, from tokens more than a
-    window later, less half the log of the mean; the lower half of a document's tokens gets its median. The fit is a
+    window later, less 0.75 of the log of the mean; the lower half of a document's tokens gets its median. The fit is a
     ridge regression from the hidden state after the input norm. The mean score is 0, so that values of kept tokens are
     scaled by 0.98 to 1.
 

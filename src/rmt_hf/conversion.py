@@ -42,7 +42,7 @@ logger = logging.get_logger(__name__)
 
 SEGMENT_LENGTH = 128  # default of a converted model
 NUM_OBSERVING_TOKENS = 32  # default of a converted model, at most its segment
-LASTING_SEGMENTS = 8  # how much farther lasting slots stand than present ones, as far as the source was trained
+LASTING_SEGMENTS = 4  # how much farther lasting slots stand than present ones, as far as the source was trained
 PRESENT_FADE = 1.0  # of a strength, at each segment; lasting tokens do not fade
 # Tensors that a source has not: all of memory, fusion and sink, and a bias that begins at 0.
 NEW = r"self_attn\.((memory|fusion|sink)\..+|o_proj\.bias)$"

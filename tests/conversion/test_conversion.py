@@ -93,8 +93,8 @@ def test_lasting_slots_are_added_and_stand_apart_as_far_as_the_source_was_traine
     names = ("num_memory_slots", "num_lasting_slots", "lasting_distance")
     for fields, expected in (
         ({}, (256, 0, 0)),
-        ({"num_lasting_slots": 256}, (512, 256, 1024)),
-        ({"num_lasting_slots": 256, "num_memory_slots": 256}, (256, 256, 1024)),
+        ({"num_lasting_slots": 256}, (512, 256, 512)),
+        ({"num_lasting_slots": 256, "num_memory_slots": 256}, (256, 256, 512)),
         ({"num_lasting_slots": 128, "lasting_distance": 7}, (384, 128, 7)),
         ({"segment_length": 512, "num_lasting_slots": 512}, (1536, 512, 4096 - 1024 - 1537)),
         ({"segment_length": 2048, "num_lasting_slots": 2048}, (6144, 2048, 0)),
@@ -104,7 +104,7 @@ def test_lasting_slots_are_added_and_stand_apart_as_far_as_the_source_was_traine
     sliding = make_source("mistral").config
     config = config_with_memory(sliding, segment_length=8, num_lasting_slots=8)
     room = sliding.sliding_window - config.prefix_length - config.window_length
-    assert config.lasting_distance == min(64, max(0, room)) < 64
+    assert config.lasting_distance == min(4 * 8, max(0, room)) < 4 * 8
 
 
 def test_gates_keep_the_strongest_tokens() -> None:

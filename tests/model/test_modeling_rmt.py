@@ -25,9 +25,9 @@ VOCABULARY = 17
 
 # How memory is written, and what is then kept; slots for rings of two groups.
 MEMORIES = {
-    "two parts": {"num_lasting_slots": 4},
+    "two parts": {"num_lasting_slots": 4, "lasting_distance": 5},
     "present": {"num_lasting_slots": 0},
-    "lasting": {"num_lasting_slots": 8},
+    "lasting": {"num_lasting_slots": 8, "lasting_distance": 3},
     "mean": {"memory_write": "mean"},
     "paper": {"memory_write": "mean", "fusion_type": "softmax"},
 }
@@ -351,6 +351,12 @@ def test_all_shares_of_the_lasting_part_differ():
         found = [twin(model, num_lasting_slots=number)(ids).logits for number in (0, 2, 4, 6, 8)]
         assert torch.equal(twin(model, num_lasting_slots=None)(ids).logits, found[-1])  # all
     assert all((one - other).abs().max() > 1e-3 for one, other in itertools.combinations(found, 2))
+
+
+def test_a_distance_without_lasting_slots_is_none():
+    model, ids = random_model(num_memory_slots=8, num_lasting_slots=0, use_attention_sink=True), ids_of(1, 47)
+    with torch.no_grad():
+        assert torch.equal(twin(model, lasting_distance=5)(ids).logits, model(ids).logits)
 
 
 @pytest.mark.parametrize("memory", ["lasting", "present", "two parts"])

@@ -131,7 +131,8 @@ class ReferenceModel:
 
         def place(steps_back: int) -> int:
             is_far = num_present < self.config.num_memory_slots and steps_back > num_present
-            return first - steps_back - is_far * self.config.lasting_distance
+            distance = min(self.config.lasting_distance, max(0, first - self.config.num_memory_slots))
+            return first - steps_back - is_far * distance
 
         if self.config.use_attention_sink:
             keys.append(self.rotate(self.weights[f"{name}.sink.key"], place(num_written + 1)))

@@ -110,20 +110,28 @@ class RMTRotaryEmbedding(nn.Module):
             segments = torch.arange(layout.num_writes, device=device) - lookback
             starts = (segments - layout.began(segments)) * segment
             writes = self((starts[..., None] + torch.arange(segment, device=device)).flatten(1), dtype)
-        before = torch.arange(-prefix, 0, device=device)  # the prefix ends directly before the window
-        num_present = sum(size for size, _, uses_evidence in config.memory_parts if uses_evidence)
-        if num_present < config.num_memory_slots:
-            before = torch.where(before < -num_present, before - config.lasting_distance, before)
         if prefix and (layout.num_views > 1 or layout.refreshes):
-            prefixes = self(((layout.view_segments - lookback) * segment)[..., None] + before, dtype)
+            prefixes = self(self.prefix_positions((layout.view_segments - lookback) * segment), dtype)
         if prefix and keep_state and (layout.num_writes or layout.num_views > 1):
-            after = self(((layout.segments_after - lookback) * segment)[:, None, None] + before, dtype)
+            after = self(self.prefix_positions((layout.segments_after - lookback) * segment)[:, None], dtype)
         # A compiled call looks at all columns through a mask, so that it is the same at every position.
         is_masked = torch.compiler.is_compiling() or not (layout.lead or layout.groups)
         mask = layout.window_mask(config) if is_masked else None
         is_masked = is_masked and layout.num_views == 1 and config.use_local_attention
         chunk_mask = layout.chunk_mask(config) if is_masked else None
         return Tables(self(columns, dtype), writes, prefixes, after, mask, chunk_mask)
+
+    def prefix_positions(self, starts: torch.Tensor) -> torch.Tensor:
+        """Positions of the prefix of windows that begin at `starts`, (...) int64 to (..., P).
+
+        The prefix ends directly before its window. What is before the last columns, as many as there are present slots,
+        is up to `lasting_distance` farther back, but not before the stream.
+        """
+        config, before = self.config, torch.arange(-self.config.prefix_length, 0, device=starts.device)
+        num_present = sum(size for size, _, uses_evidence in config.memory_parts if uses_evidence)
+        is_far = (before < -num_present) & (num_present < config.num_memory_slots)
+        distance = (starts - config.num_memory_slots).clamp(0, config.lasting_distance)
+        return starts[..., None] + before - distance[..., None] * is_far
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ class RMTConfig(PreTrainedConfig):
     num_lookback_segments: int = 1  # full segments before the current one that stay in the window; at least 0
     num_memory_slots: int = 64  # per layer and key/value head; 0 or a multiple of num_slots_per_segment
     num_lasting_slots: int | None = None  # that keep by the learned score, others by evidence; None: all
-    lasting_distance: int = 0  # positions left free between lasting slots and the present ones; at least 0
+    lasting_distance: int = 0  # positions left free, at most, between lasting slots and present ones; at least 0
     num_observing_tokens: int = 16  # last before a write, whose attention is the evidence; 1 to segment_length
     num_slots_per_chunk: int = 1  # candidates of a chunk, 1 to chunk_length; with "mean" a divisor of it
     memory_write: str = "select"  # a chunk gives its strongest tokens; "mean": averages

@@ -134,7 +134,9 @@ def built(tmp_path_factory) -> Path:
     build(ROOT, "wheel", folder)
     build(ROOT, "sdist", folder)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        archive.extractall(folder, filter="data")
+        if hasattr(tarfile, "data_filter"):  # Python 3.11.4 and later
+            archive.extraction_filter = tarfile.data_filter
+        archive.extractall(folder)
     build(folder / f"rmt_hf-{rmt_hf.__version__}", "wheel", folder / "again")
     return folder
 
